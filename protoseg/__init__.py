@@ -1,0 +1,1 @@
+"""Prototype modules for weakly supervised and open-vocabulary semantic segmentation."""

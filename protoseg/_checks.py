@@ -1,0 +1,77 @@
+"""One way to say what is wrong with an input: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def shape(where: str, name: str, value: Tensor, expected: Sequence[str | int], remedy: str = "") -> None:
+    """Raise unless ``value`` has the rank of ``expected`` and every size that ``expected`` gives as a number.
+
+    Args:
+        where: The public name that the user called, for the message.
+        name: The argument's name.
+        value: The tensor to check.
+        expected: One entry per axis: an ``int`` must match, a letter may be any size.
+        remedy: What the user can do about it.
+
+    Raises:
+        TypeError: ``value`` is no tensor.
+        ValueError: Rank or size differs.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    fits = value.dim() == len(expected) and all(
+        not isinstance(want, int) or want == have for want, have in zip(expected, value.shape, strict=True)
+    )
+    if not fits:
+        want = "(" + ", ".join(str(axis) for axis in expected) + ")"
+        raise ValueError(
+            f"{where}: {name} must have shape {want}, got {tuple(value.shape)}" + (f"; {remedy}" if remedy else "")
+        )
+
+
+def floating(where: str, name: str, value: Tensor) -> None:
+    """Raise ``TypeError`` unless ``value`` is a floating point tensor."""
+    if not value.is_floating_point():
+        raise TypeError(f"{where}: {name} must be floating point, got {value.dtype}; call {name}.float()")
+
+
+def finite(where: str, name: str, value: Tensor) -> None:
+    """Raise ``ValueError`` when ``value`` holds NaN or infinity (one synchronisation with the device)."""
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{where}: {name} must be finite, got {bad} NaN or infinite of {value.numel()} values; "
+            "look for an overflow in half precision or a learning rate that is too high"
+        )
+
+
+def multi_hot(where: str, name: str, value: Tensor) -> None:
+    """Raise ``ValueError`` unless ``value`` holds nothing but 0 and 1 (one synchronisation with the device)."""
+    if not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError(
+            f"{where}: {name} must hold only 0 and 1 (1 = the class is in the image), "
+            f"got values from {value.min().item():g} to {value.max().item():g}"
+        )
+
+
+def choice(where: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def positive(where: str, name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is above zero."""
+    if not value > 0:
+        raise ValueError(f"{where}: {name} must be above 0, got {value}")
+
+
+def unit_interval(where: str, name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` lies between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{where}: {name} must lie between 0 and 1, got {value}")
