@@ -75,3 +75,9 @@ def unit_interval(where: str, name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``value`` lies between 0 and 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{where}: {name} must lie between 0 and 1, got {value}")
+
+
+def not_empty(where: str, name: str, value: Tensor) -> None:
+    """Raise ``ValueError`` when an axis of ``value`` has no entry."""
+    if value.numel() == 0:
+        raise ValueError(f"{where}: {name} must not be empty, got shape {tuple(value.shape)}")

@@ -1,0 +1,111 @@
+"""The support bank's memory: writing instances into the rings and clustering the rings into contexts.
+
+The update is one custom operator, opaque to ``torch.compile``: whether a step refreshes the contexts depends on a counter
+in the state, which a traced graph cannot branch on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from protoseg import _distributed
+from protoseg.functional import kmeans, prototype_shift
+
+
+@torch.library.custom_op(
+    "protoseg::update_bank",
+    mutates_args=("bank", "pointer", "count", "contexts", "context_valid", "shift", "step"),
+)
+def update_bank(
+    instances: Tensor,
+    valid: Tensor,
+    bank: Tensor,
+    pointer: Tensor,
+    count: Tensor,
+    contexts: Tensor,
+    context_valid: Tensor,
+    shift: Tensor,
+    step: Tensor,
+    refresh_every: int,
+) -> None:
+    """Store the instances of all ranks, count the step and, when it is due, refresh the contexts.
+
+    Args:
+        instances: ``[B, R, D]``, one row per class and, last, one for background where it has a bank.
+        valid: ``[B, R]`` bool, the instances to store.
+        bank: ``[R, Q, D]`` rings.
+        pointer: ``[R]`` int64, where each ring writes next.
+        count: ``[R]`` int64, how many places are filled.
+        contexts: ``[R, K, D]``.
+        context_valid: ``[R, K]`` bool.
+        shift: ``[R, D]``.
+        step: ``[]`` int64, updates so far.
+        refresh_every: Contexts are refreshed in the first update and every so many after it.
+    """
+    push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, count)
+    if int(step) % refresh_every == 0:
+        refresh(bank, count, contexts, context_valid, shift)
+    step += 1
+
+
+@update_bank.register_fake
+def _(
+    instances: Tensor,
+    valid: Tensor,
+    bank: Tensor,
+    pointer: Tensor,
+    count: Tensor,
+    contexts: Tensor,
+    context_valid: Tensor,
+    shift: Tensor,
+    step: Tensor,
+    refresh_every: int,
+) -> None:
+    return None
+
+
+@torch.no_grad()
+def push(instances: Tensor, valid: Tensor, bank: Tensor, pointer: Tensor, count: Tensor) -> None:
+    """Write the valid instances behind each class's pointer, in order, the newest over the oldest.
+
+    Args:
+        instances: ``[B, R, D]``.
+        valid: ``[B, R]`` bool.
+        bank: ``[R, Q, D]``, changed in place, like ``pointer`` and ``count``.
+        pointer: ``[R]``.
+        count: ``[R]``.
+    """
+    capacity = bank.shape[1]
+    order = valid.long().cumsum(0)
+    arriving = order[-1]
+    # Of more arrivals than the ring holds only the last ones survive: writing the others would be a race.
+    keep = valid & (arriving - order < capacity)
+    slot = (pointer + order - 1) % capacity
+    rows = torch.arange(bank.shape[0], device=bank.device).expand_as(slot)
+    bank[rows[keep], slot[keep]] = instances[keep].to(bank.dtype)
+    pointer.copy_((pointer + arriving) % capacity)
+    count.copy_((count + arriving).clamp_max(capacity))
+
+
+@torch.no_grad()
+def refresh(
+    bank: Tensor, count: Tensor, contexts: Tensor, context_valid: Tensor, shift: Tensor
+) -> None:
+    """Cluster every ring into contexts and measure each class's shift, in place.
+
+    Args:
+        bank: ``[R, Q, D]``.
+        count: ``[R]``.
+        contexts: ``[R, K, D]``.
+        context_valid: ``[R, K]``.
+        shift: ``[R, D]``.
+    """
+    # Rings fill from place 0: places that no class has reached yet need not be looked at.
+    filled = max(1, int(count.max()))
+    points = bank[:, :filled]
+    stored = torch.arange(filled, device=bank.device) < count.unsqueeze(-1)
+    clusters = kmeans(points, stored, num_clusters=contexts.shape[1])
+    contexts.copy_(clusters.centres)
+    context_valid.copy_(clusters.valid)
+    shift.copy_(prototype_shift(clusters.centres, clusters.valid, points, stored))

@@ -1,0 +1,341 @@
+"""ContextPrototypeBank: context prototype-aware learning (CPAL, arXiv 2403.07630)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks
+from protoseg._bank import refresh, update_bank
+from protoseg.cam import with_background
+from protoseg.functional import (
+    Metric,
+    cosine_map,
+    full_precision,
+    judge,
+    masked_average,
+    max_normalize,
+    mean_direction,
+    positiveness,
+    select_top_k,
+    similarity,
+)
+
+__all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach"]
+
+Background = Literal["contexts", "image", "one_minus_max"]
+Detach = Literal["pacam", "cam", "none"]
+
+
+class ContextPrototypes(NamedTuple):
+    """What :class:`ContextPrototypeBank` returns; the class axis ``C`` counts foreground only.
+
+    Attributes:
+        loss: ``[]`` float32, the self-supervised loss; zero and connected to the graph where nothing is present.
+        pacam: ``[B, C+1, H, W]`` in ``[0, 1]``, the prototype-aware map, background in front; absent classes are 0.
+        cam: ``[B, C+1, H, W]`` in ``[0, 1]``, the normalised CAM that ``pacam`` was compared with.
+        instances: ``[B, C, D]`` instance prototypes; 0 where not valid.
+        valid: ``[B, C]`` bool: the class is present and its CAM has a pixel above the threshold.
+        positiveness: ``[B, C, k]`` weights of the selected contexts, largest first; 0 = nothing selected.
+        selected: ``[B, C, k]`` int64 indices into ``contexts[c]``; -1 = nothing selected. A class without contexts
+            is served by its own instance: positiveness 1, selected -1, in the first place.
+        shift: ``[C, D]``, mean context minus mean instance of each class.
+    """
+
+    loss: Tensor
+    pacam: Tensor
+    cam: Tensor
+    instances: Tensor
+    valid: Tensor
+    positiveness: Tensor
+    selected: Tensor
+    shift: Tensor
+
+
+class ContextPrototypeBank(nn.Module):
+    r"""A memory of instance prototypes that turns a CAM into a prototype-aware CAM and a loss between the two.
+
+    For each present class :math:`n` of an image with features :math:`F` and max-normalised CAM :math:`M`:
+
+    1. Instance prototype: :math:`P_n` = mean of :math:`F(j)` over the pixels with :math:`M_n(j) > \tau`.
+    2. Support bank: per class a ring with the last ``capacity`` instances of all ranks, clustered by k-means into
+       ``num_contexts`` context prototypes :math:`p_i` every ``refresh_every`` steps.
+    3. Alignment: :math:`P_n + \delta_n` with :math:`\delta_n = \bar p - \bar P_n` (section 3.3).
+    4. Positiveness: :math:`w_i = \mathrm{softmax}_i(\mathrm{sim}(P_n + \delta_n, p_i) / T)`, of which the ``top_k`` stay.
+    5. PACAM: :math:`s_n(j) = \sum_i w_i \cos(F(j), p_i) / \sum_i w_i`, and from it :math:`\tilde M_n`, see ``background``.
+    6. Loss: :math:`L_{self} = \frac{1}{N + 1} \|M - \tilde M\|_1` over the image's :math:`N` valid classes and
+       background, as a mean over pixels and images (section 3.4).
+
+    There is no published code. Not in the paper, or not stated there: :math:`\tau`, the number of contexts, ``top_k``, the
+    temperature, the clustering, the schedule, the detaching and all of ``background="contexts"``. The defaults of these
+    were chosen by measurement on the train and val pictures of MSRC and on made scenes (``benchmarks/results``); only
+    ``capacity`` (1000; the paper does not say whether in all or per class) and ``metric`` come from the paper, which also
+    projects the features first: pass projected features to do so.
+
+    In ``train()`` a call first computes from the state that was and then stores this batch's instances; in ``eval()`` it
+    changes nothing. All state is in buffers. Under DDP every rank writes the same state, so
+    ``DistributedDataParallel(..., broadcast_buffers=False)`` saves sending it.
+
+    Args:
+        num_classes: ``C``, foreground classes.
+        dim: ``D``, channels of the features.
+        capacity: Instances kept per class, at least ``num_contexts``.
+        num_contexts: ``K``, context prototypes per class and for background. Few (1 to 5) suit 10 to 30 pictures a class.
+        top_k: Contexts that make the map, 1 to ``num_contexts``; where fewer exist, all of them.
+        cam_threshold: :math:`\tau` in ``[0, 1)`` on the max-normalised CAM.
+        background_threshold: Pixels where every present class's normalised CAM is below it, in ``(0, 1]``, are background.
+        metric: Similarity for the positiveness: ``"dot"``, ``"cosine"``, ``"l1"`` or ``"l2"``.
+        temperature: :math:`T` above 0.
+        shift: Align instances with contexts (step 3).
+        background: What a class's score is judged against, on the scale of :func:`protoseg.functional.judge`:
+            ``"contexts"``: the score of background, a class with a bank of its own; ``"image"``: the cosine with the
+            image's own background prototype; ``"one_minus_max"``: nothing, :math:`\tilde M_n` is
+            :math:`\mathrm{ReLU}(s_n)` divided by its maximum, as the CAM is. The background channel is
+            :math:`1 - \max_n \tilde M_n` in each case.
+        sharpness: :math:`\kappa` of :func:`protoseg.functional.judge`, above 0.
+        refresh_every: Steps between two clusterings, the first of which is in the first step.
+        detach: Where the loss sends no gradient: ``"pacam"`` (it is a target for the CAM), ``"cam"`` or ``"none"``.
+        check_values: Whether to look for NaN, infinity and labels other than 0 and 1, which waits for the device. By
+            default on the CPU only. Never while compiling. Instances that are not finite are never stored.
+
+    Shape:
+        - features: ``[B, D, H, W]``
+        - cam: ``[B, C, h, w]`` raw scores; resized to ``H W``
+        - labels: ``[B, C]`` multi-hot, any dtype
+        - output: :class:`ContextPrototypes`
+
+    Raises:
+        ValueError: Sizes or options out of range, wrong shapes, values that are not finite, labels not 0 or 1.
+        TypeError: Something is no tensor, or features or CAM are not floating point.
+        RuntimeError: A ``state_dict`` of another size.
+
+    Example:
+        >>> bank = ContextPrototypeBank(num_classes=3, dim=8, capacity=16, num_contexts=2, top_k=1)
+        >>> features, cam = torch.rand(4, 8, 6, 6, requires_grad=True), torch.rand(4, 3, 6, 6, requires_grad=True)
+        >>> out = bank(features, cam, torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 0]]))
+        >>> out.loss.backward()
+        >>> out.pacam.shape, bank.count.tolist()
+        (torch.Size([4, 4, 6, 6]), [1, 2, 1, 3])
+    """
+
+    bank: Tensor
+    pointer: Tensor
+    count: Tensor
+    contexts: Tensor
+    context_valid: Tensor
+    shift: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        capacity: int = 1000,
+        num_contexts: int = 3,
+        top_k: int = 3,
+        cam_threshold: float = 0.4,
+        background_threshold: float = 0.1,
+        metric: Metric = "dot",
+        temperature: float = 1.0,
+        shift: bool = True,
+        background: Background = "contexts",
+        sharpness: float = 3.0,
+        refresh_every: int = 10,
+        detach: Detach = "pacam",
+        check_values: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        me = type(self).__name__
+        for name, size in (("num_classes", num_classes), ("dim", dim), ("num_contexts", num_contexts)):
+            _checks.positive(me, name, size)
+        _checks.positive(me, "refresh_every", refresh_every)
+        _checks.positive(me, "temperature", temperature)
+        _checks.positive(me, "sharpness", sharpness)
+        _checks.unit_interval(me, "cam_threshold", cam_threshold)
+        _checks.unit_interval(me, "background_threshold", background_threshold)
+        _checks.choice(me, "metric", metric, get_args(Metric))
+        _checks.choice(me, "background", background, get_args(Background))
+        _checks.choice(me, "detach", detach, get_args(Detach))
+        if not 1 <= top_k <= num_contexts:
+            raise ValueError(
+                f"{me}: top_k must lie between 1 and num_contexts={num_contexts}, got {top_k}; "
+                "lower top_k or raise num_contexts"
+            )
+        if capacity < num_contexts:
+            raise ValueError(
+                f"{me}: capacity must be at least num_contexts={num_contexts}, got {capacity}; "
+                "a ring cannot be clustered into more contexts than it holds instances"
+            )
+        self.num_classes, self.dim, self.capacity = num_classes, dim, capacity
+        self.num_contexts, self.top_k = num_contexts, top_k
+        self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
+        self.metric: Metric = metric
+        self.temperature, self.align, self.sharpness = temperature, shift, sharpness
+        self.background: Background = background
+        self.refresh_every = refresh_every
+        self.detach: Detach = detach
+        self.check_values = check_values
+        # Background has the last row, so that the others are numbered as the labels are.
+        rows = num_classes + (background == "contexts")
+        self.register_buffer("bank", torch.zeros(rows, capacity, dim, device=device))
+        self.register_buffer("pointer", torch.zeros(rows, dtype=torch.long, device=device))
+        self.register_buffer("count", torch.zeros(rows, dtype=torch.long, device=device))
+        self.register_buffer("contexts", torch.zeros(rows, num_contexts, dim, device=device))
+        self.register_buffer("context_valid", torch.zeros(rows, num_contexts, dtype=torch.bool, device=device))
+        self.register_buffer("shift", torch.zeros(rows, dim, device=device))
+        self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
+
+    def forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
+        """Compute maps and loss; in ``train()`` then store this batch. See the class for shapes and errors."""
+        self._check(features, cam, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            return self._forward(features, cam, labels)
+
+    def _forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
+        dtype, present, classes = features.dtype, labels.bool(), self.num_classes
+        features, cam = full_precision(features), full_precision(cam).to(full_precision(features).dtype)
+        if cam.shape[-2:] != features.shape[-2:]:
+            cam = F.interpolate(cam, features.shape[-2:], mode="bilinear", align_corners=False)
+        cam = max_normalize(cam) * present[:, :, None, None]
+
+        empty = cam.amax(1, keepdim=True) < self.background_threshold
+        instances, valid = masked_average(features, torch.cat([cam > self.cam_threshold, empty], 1))
+        valid = valid & torch.cat([present, present.any(1, keepdim=True)], 1)
+        instances = instances * valid.unsqueeze(-1)
+        state = self._snapshot(features.dtype)
+        directions, weights, selected = self._directions(instances, valid, *state)
+        # Without contexts and without a pixel of its own a class has no direction; its map and its loss are 0.
+        scores = cosine_map(features, directions)
+        shown = valid[:, :classes] & (directions[:, :classes].detach().abs().sum(-1) > 0)
+        pacam = self._pacam(scores) * shown[:, :, None, None]
+
+        cam, pacam = with_background(cam), with_background(pacam)
+        loss = self._loss(cam, pacam, shown)
+        if self.training:
+            self._update(instances.detach(), valid)
+        return ContextPrototypes(
+            loss=loss,
+            pacam=pacam.to(dtype),
+            cam=cam.to(dtype),
+            instances=instances[:, :classes].to(dtype),
+            valid=valid[:, :classes],
+            positiveness=weights[:, :classes].to(dtype),
+            selected=selected[:, :classes],
+            shift=state[2][:classes].to(dtype),
+        )
+
+    def _snapshot(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy contexts, their validity and shift: the backward pass needs them as they were before the update."""
+        return self.contexts.to(dtype, copy=True), self.context_valid.clone(), self.shift.to(dtype, copy=True)
+
+    def _directions(
+        self, instances: Tensor, valid: Tensor, contexts: Tensor, exists: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weigh the contexts of every row for every image: directions ``[B, C+1, D]``, weights and indices."""
+        own = F.normalize(instances, dim=-1)
+        anchors = instances[:, : len(contexts)]
+        if self.align:
+            anchors = anchors + shift
+        scores = similarity(anchors.transpose(0, 1), contexts, self.metric).transpose(0, 1)
+        share = positiveness(scores, exists, self.temperature)
+        weights, selected = select_top_k(share, self.top_k)
+        kept = torch.zeros_like(share).scatter(-1, selected, weights)
+        known = exists.any(-1)
+        directions = torch.where(known.unsqueeze(-1), mean_direction(contexts, kept), own[:, : len(contexts)])
+        directions = torch.cat([directions, own[:, len(contexts) :]], 1)
+
+        first = torch.arange(self.top_k, device=weights.device) == 0
+        itself = (valid[:, : len(contexts), None] & first).to(weights.dtype)
+        weights = torch.where(known.unsqueeze(-1), weights, itself)
+        selected = selected.masked_fill((weights == 0) | ~known.unsqueeze(-1), -1)
+        seen = valid[:, : len(contexts), None]
+        return directions, weights * seen, selected.masked_fill(~seen, -1)
+
+    def _pacam(self, scores: Tensor) -> Tensor:
+        foreground, background = scores.split([self.num_classes, 1], 1)
+        if self.background == "one_minus_max":
+            return max_normalize(foreground)
+        return judge(foreground, background, self.sharpness)
+
+    def _loss(self, cam: Tensor, pacam: Tensor, shown: Tensor) -> Tensor:
+        if self.detach == "pacam":
+            pacam = pacam.detach()
+        elif self.detach == "cam":
+            cam = cam.detach()
+        counted = torch.cat([shown.any(1, keepdim=True), shown], 1).to(cam.dtype)
+        distance = (cam - pacam).abs().mean(dim=(-2, -1)) * counted
+        return (distance.sum(1) / counted.sum(1).clamp_min(1.0)).mean()
+
+    @torch.no_grad()
+    def _update(self, instances: Tensor, valid: Tensor) -> None:
+        rows = len(self.bank)
+        stored = valid[:, :rows] & instances[:, :rows].isfinite().all(-1)
+        update_bank(
+            instances[:, :rows].to(self.bank.dtype),
+            stored,
+            self.bank,
+            self.pointer,
+            self.count,
+            self.contexts,
+            self.context_valid,
+            self.shift,
+            self.step,
+            self.refresh_every,
+        )
+
+    def refresh(self) -> None:
+        """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
+        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift)
+
+    def reset_parameters(self) -> None:
+        """Empty the bank and forget the contexts."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def extra_repr(self) -> str:
+        """Sizes and modes, as in the constructor."""
+        return (
+            f"num_classes={self.num_classes}, dim={self.dim}, capacity={self.capacity}, "
+            f"num_contexts={self.num_contexts}, top_k={self.top_k}, metric={self.metric!r}, background={self.background!r}"
+        )
+
+    def _check(self, features: Tensor, cam: Tensor, labels: Tensor) -> None:
+        me = type(self).__name__
+        _checks.shape(
+            me, "features", features, ("B", self.dim, "H", "W"), f"construct the bank with dim={_axis(features, 1)}"
+        )
+        batch, classes = features.shape[0], self.num_classes
+        _checks.shape(
+            me, "cam", cam, (batch, classes, "h", "w"), "pass the foreground classes only, one map for each picture"
+        )
+        _checks.shape(me, "labels", labels, (batch, classes), "pass the multi-hot labels of the foreground classes")
+        _checks.floating(me, "features", features)
+        _checks.floating(me, "cam", cam)
+        _checks.not_empty(me, "features", features)
+        _checks.not_empty(me, "cam", cam)
+        wanted = features.device.type == "cpu" if self.check_values is None else self.check_values
+        if wanted and not torch.compiler.is_compiling():
+            _checks.finite(me, "features", features)
+            _checks.finite(me, "cam", cam)
+            _checks.multi_hot(me, "labels", labels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, mine in (("bank", self.bank), ("contexts", self.contexts)):
+            theirs = state_dict.get(prefix + name)
+            if theirs is not None and theirs.shape != mine.shape:
+                rows = "classes (and background)"
+                raise RuntimeError(
+                    f"{type(self).__name__}: the state_dict's {name} is {tuple(theirs.shape)} and this module's is "
+                    f"{tuple(mine.shape)}, as [{rows}, {'capacity' if name == 'bank' else 'num_contexts'}, dim]; "
+                    "construct the module with the sizes that the checkpoint was made with"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _axis(value: object, axis: int) -> object:
+    return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else "D"
