@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from protoseg import _distributed
-from protoseg.functional import kmeans, prototype_shift
+from protoseg.functional import kmeans, mean_of
 
 
 @torch.library.custom_op(
     "protoseg::update_bank",
-    mutates_args=("bank", "pointer", "count", "contexts", "context_valid", "shift", "step"),
+    mutates_args=("bank", "pointer", "count", "contexts", "context_valid", "shift", "centre", "step"),
 )
 def update_bank(
     instances: Tensor,
@@ -26,6 +26,7 @@ def update_bank(
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
+    centre: Tensor,
     step: Tensor,
     refresh_every: int,
 ) -> None:
@@ -40,12 +41,13 @@ def update_bank(
         contexts: ``[R, K, D]``.
         context_valid: ``[R, K]`` bool.
         shift: ``[R, D]``.
+        centre: ``[D]``.
         step: ``[]`` int64, updates so far.
         refresh_every: Contexts are refreshed in the first update and every so many after it.
     """
     push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, count)
     if int(step) % refresh_every == 0:
-        refresh(bank, count, contexts, context_valid, shift)
+        refresh(bank, count, contexts, context_valid, shift, centre)
     step += 1
 
 
@@ -59,6 +61,7 @@ def _(
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
+    centre: Tensor,
     step: Tensor,
     refresh_every: int,
 ) -> None:
@@ -90,9 +93,9 @@ def push(instances: Tensor, valid: Tensor, bank: Tensor, pointer: Tensor, count:
 
 @torch.no_grad()
 def refresh(
-    bank: Tensor, count: Tensor, contexts: Tensor, context_valid: Tensor, shift: Tensor
+    bank: Tensor, count: Tensor, contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor
 ) -> None:
-    """Cluster every ring into contexts and measure each class's shift, in place.
+    """Cluster every ring into contexts and measure each class's shift and the centre, in place.
 
     Args:
         bank: ``[R, Q, D]``.
@@ -100,6 +103,7 @@ def refresh(
         contexts: ``[R, K, D]``.
         context_valid: ``[R, K]``.
         shift: ``[R, D]``.
+        centre: ``[D]``, half way between the mean class (rows but the last) and background (the last row).
     """
     # Rings fill from place 0: places that no class has reached yet need not be looked at.
     filled = max(1, int(count.max()))
@@ -108,4 +112,8 @@ def refresh(
     clusters = kmeans(points, stored, num_clusters=contexts.shape[1])
     contexts.copy_(clusters.centres)
     context_valid.copy_(clusters.valid)
-    shift.copy_(prototype_shift(clusters.centres, clusters.valid, points, stored))
+    means = mean_of(points, stored)
+    present = (count > 0).to(means.dtype).unsqueeze(-1)
+    shift.copy_((mean_of(clusters.centres, clusters.valid) - means) * present)
+    classes = (means[:-1] * present[:-1]).sum(0) / present[:-1].sum().clamp_min(1.0)
+    centre.copy_((classes + means[-1]) / 2 * (present[-1] * present[:-1].amax()))

@@ -19,6 +19,7 @@ from protoseg.functional import (
     masked_average,
     max_normalize,
     mean_direction,
+    metric_scale,
     positiveness,
     select_top_k,
     similarity,
@@ -53,6 +54,13 @@ class ContextPrototypes(NamedTuple):
     positiveness: Tensor
     selected: Tensor
     shift: Tensor
+
+
+class _State(NamedTuple):
+    contexts: Tensor
+    exists: Tensor
+    shift: Tensor
+    centre: Tensor
 
 
 class ContextPrototypeBank(nn.Module):
@@ -127,6 +135,7 @@ class ContextPrototypeBank(nn.Module):
     contexts: Tensor
     context_valid: Tensor
     shift: Tensor
+    centre: Tensor
     step: Tensor
 
     def __init__(
@@ -143,6 +152,7 @@ class ContextPrototypeBank(nn.Module):
         temperature: float = 1.0,
         shift: bool = True,
         background: Background = "contexts",
+        centre: bool = True,
         sharpness: float = 3.0,
         refresh_every: int = 10,
         detach: Detach = "pacam",
@@ -177,6 +187,7 @@ class ContextPrototypeBank(nn.Module):
         self.metric: Metric = metric
         self.temperature, self.align, self.sharpness = temperature, shift, sharpness
         self.background: Background = background
+        self.centred = centre and background == "contexts"
         self.refresh_every = refresh_every
         self.detach: Detach = detach
         self.check_values = check_values
@@ -188,6 +199,7 @@ class ContextPrototypeBank(nn.Module):
         self.register_buffer("contexts", torch.zeros(rows, num_contexts, dim, device=device))
         self.register_buffer("context_valid", torch.zeros(rows, num_contexts, dtype=torch.bool, device=device))
         self.register_buffer("shift", torch.zeros(rows, dim, device=device))
+        self.register_buffer("centre", torch.zeros(dim, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
 
     def forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
@@ -208,9 +220,10 @@ class ContextPrototypeBank(nn.Module):
         valid = valid & torch.cat([present, present.any(1, keepdim=True)], 1)
         instances = instances * valid.unsqueeze(-1)
         state = self._snapshot(features.dtype)
-        directions, weights, selected = self._directions(instances, valid, *state)
+        origin = state.centre if self.centred else torch.zeros_like(state.centre)
+        directions, weights, selected = self._directions(instances - origin, valid, state, state.contexts - origin)
         # Without contexts and without a pixel of its own a class has no direction; its map and its loss are 0.
-        scores = cosine_map(features, directions)
+        scores = cosine_map(features - origin[:, None, None], directions)
         shown = valid[:, :classes] & (directions[:, :classes].detach().abs().sum(-1) > 0)
         pacam = self._pacam(scores) * shown[:, :, None, None]
 
@@ -226,23 +239,29 @@ class ContextPrototypeBank(nn.Module):
             valid=valid[:, :classes],
             positiveness=weights[:, :classes].to(dtype),
             selected=selected[:, :classes],
-            shift=state[2][:classes].to(dtype),
+            shift=state.shift[:classes].to(dtype),
         )
 
-    def _snapshot(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy contexts, their validity and shift: the backward pass needs them as they were before the update."""
-        return self.contexts.to(dtype, copy=True), self.context_valid.clone(), self.shift.to(dtype, copy=True)
+    def _snapshot(self, dtype: torch.dtype) -> _State:
+        """Copy what the backward pass needs as it was before the update."""
+        return _State(
+            self.contexts.to(dtype, copy=True),
+            self.context_valid.clone(),
+            self.shift.to(dtype, copy=True),
+            self.centre.to(dtype, copy=True),
+        )
 
     def _directions(
-        self, instances: Tensor, valid: Tensor, contexts: Tensor, exists: Tensor, shift: Tensor
+        self, instances: Tensor, valid: Tensor, state: _State, contexts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weigh the contexts of every row for every image: directions ``[B, C+1, D]``, weights and indices."""
+        instances, exists = instances * valid.unsqueeze(-1), state.exists
         own = F.normalize(instances, dim=-1)
         anchors = instances[:, : len(contexts)]
         if self.align:
-            anchors = anchors + shift
+            anchors = anchors + state.shift
         scores = similarity(anchors.transpose(0, 1), contexts, self.metric).transpose(0, 1)
-        share = positiveness(scores, exists, self.temperature)
+        share = positiveness(scores, exists, self.temperature * metric_scale(contexts, exists, self.metric))
         weights, selected = select_top_k(share, self.top_k)
         kept = torch.zeros_like(share).scatter(-1, selected, weights)
         known = exists.any(-1)
@@ -284,13 +303,14 @@ class ContextPrototypeBank(nn.Module):
             self.contexts,
             self.context_valid,
             self.shift,
+            self.centre,
             self.step,
             self.refresh_every,
         )
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift)
+        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre)
 
     def reset_parameters(self) -> None:
         """Empty the bank and forget the contexts."""

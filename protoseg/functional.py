@@ -25,6 +25,8 @@ __all__ = [
     "masked_average",
     "max_normalize",
     "mean_direction",
+    "mean_of",
+    "metric_scale",
     "positiveness",
     "prototype_cam",
     "prototype_shift",
@@ -121,7 +123,29 @@ def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> T
         return anchors @ prototypes.transpose(-2, -1)
 
 
-def positiveness(scores: Tensor, valid: Tensor, temperature: float = 1.0) -> Tensor:
+def metric_scale(prototypes: Tensor, valid: Tensor, metric: Metric = "dot") -> Tensor:
+    r"""Size of a metric's values among prototypes, so that one temperature suits every metric and every network.
+
+    The mean of :math:`\|p\|^2` for ``dot``, of :math:`\|p\|_1` for ``l1``, of :math:`\|p\|_2` for ``l2``; 1 for ``cosine``.
+
+    Args:
+        prototypes: ``[..., K, D]``.
+        valid: ``[..., K]`` bool, which prototypes exist.
+        metric: As in :func:`similarity`.
+
+    Returns:
+        ``[]``, above 0.
+    """
+    if metric == "cosine":
+        return prototypes.new_ones(())
+    order = 1 if metric == "l1" else 2
+    sizes = torch.linalg.vector_norm(full_precision(prototypes), ord=order, dim=-1)
+    if metric == "dot":
+        sizes = sizes.square()
+    return ((sizes * valid).sum() / valid.sum().clamp_min(1)).clamp_min(_EPS)
+
+
+def positiveness(scores: Tensor, valid: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Turn similarities into the share that each context has in an instance (CPAL section 3.3, 2403.07630).
 
     .. math:: w_i = \frac{\exp(s_i / T)}{\sum_{i' \in \text{valid}} \exp(s_{i'} / T)}
@@ -239,11 +263,20 @@ def prototype_shift(contexts: Tensor, valid: Tensor, instances: Tensor, stored: 
         ``[C, D]``; 0 for a class without contexts or without instances.
     """
     both = (valid.any(-1) & stored.any(-1)).unsqueeze(-1)
-    mean_context = _mean_of(contexts, valid)
-    return (mean_context - _mean_of(instances, stored)) * both
+    mean_context = mean_of(contexts, valid)
+    return (mean_context - mean_of(instances, stored)) * both
 
 
-def _mean_of(points: Tensor, valid: Tensor) -> Tensor:
+def mean_of(points: Tensor, valid: Tensor) -> Tensor:
+    """Average the valid points.
+
+    Args:
+        points: ``[..., N, D]``.
+        valid: ``[..., N]`` bool.
+
+    Returns:
+        ``[..., D]``; 0 where nothing is valid.
+    """
     weights = valid.to(points.dtype)
     return (weights.unsqueeze(-2) @ points).squeeze(-2) / weights.sum(-1, keepdim=True).clamp_min(1.0)
 
@@ -302,7 +335,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     with torch.autocast(points.device.type, enabled=False):
         weights = valid.to(full_precision(points).dtype)
         # Distances cancel badly far from the origin: work around each class's own mean.
-        mean = _mean_of(full_precision(points), valid).unsqueeze(1)
+        mean = mean_of(full_precision(points), valid).unsqueeze(1)
         centred = (full_precision(points) - mean) * weights.unsqueeze(-1)
         norms = centred.square().sum(-1)
         centres = _seed(centred, norms, weights, num_clusters)

@@ -144,8 +144,8 @@ class Scenes(Dataset[Sample]):
     picture depends on the arguments other than ``count`` and on its index, never on order or workers. The
     world (what classes look like) is apart from the pictures: ``seed=0`` to train and ``seed=1`` to score.
     No paper states these defaults. They are chosen so that a small network ranks the tags well (mean average
-    precision 0.92 after 60 s on one core with 800 pictures) while its activation maps, cut at 0.3, hold nearly
-    all of the telling parts and a quarter of the bodies.
+    precision 0.92 after 60 s on one core with 800 pictures) while its activation maps, cut at 0.3, hold
+    nearly all of the telling parts and a quarter of the bodies.
 
     Args:
         count: Number of pictures, at least 1.
