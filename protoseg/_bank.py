@@ -6,6 +6,8 @@ in the state, which a traced graph cannot branch on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def update_bank(
     centre: Tensor,
     step: Tensor,
     refresh_every: int,
+    sizes: list[int],
 ) -> None:
     """Store the instances of all ranks, count the step and, when it is due, refresh the contexts.
 
@@ -44,10 +47,11 @@ def update_bank(
         centre: ``[D]``.
         step: ``[]`` int64, updates so far.
         refresh_every: Contexts are refreshed in the first update and every so many after it.
+        sizes: Contexts of a class and of background.
     """
     push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, count)
     if int(step) % refresh_every == 0:
-        refresh(bank, count, contexts, context_valid, shift, centre)
+        refresh(bank, count, contexts, context_valid, shift, centre, sizes)
     step += 1
 
 
@@ -64,6 +68,7 @@ def _(
     centre: Tensor,
     step: Tensor,
     refresh_every: int,
+    sizes: list[int],
 ) -> None:
     return None
 
@@ -93,7 +98,13 @@ def push(instances: Tensor, valid: Tensor, bank: Tensor, pointer: Tensor, count:
 
 @torch.no_grad()
 def refresh(
-    bank: Tensor, count: Tensor, contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor
+    bank: Tensor,
+    count: Tensor,
+    contexts: Tensor,
+    context_valid: Tensor,
+    shift: Tensor,
+    centre: Tensor,
+    sizes: Sequence[int],
 ) -> None:
     """Cluster every ring into contexts and measure each class's shift and the centre, in place.
 
@@ -104,16 +115,27 @@ def refresh(
         context_valid: ``[R, K]``.
         shift: ``[R, D]``.
         centre: ``[D]``, half way between the mean class (rows but the last) and background (the last row).
+        sizes: Contexts of a class and, where the last row is background, of background.
     """
     # Rings fill from place 0: places that no class has reached yet need not be looked at.
     filled = max(1, int(count.max()))
     points = bank[:, :filled]
     stored = torch.arange(filled, device=bank.device) < count.unsqueeze(-1)
-    clusters = kmeans(points, stored, num_clusters=contexts.shape[1])
-    contexts.copy_(clusters.centres)
-    context_valid.copy_(clusters.valid)
+    contexts.zero_()
+    context_valid.zero_()
+    first = 0
+    for size, rows in zip(sizes, _rows(len(bank), sizes), strict=True):
+        part = slice(first, first := first + rows)
+        clusters = kmeans(points[part], stored[part], num_clusters=size)
+        contexts[part, :size] = clusters.centres
+        context_valid[part, :size] = clusters.valid
     means = mean_of(points, stored)
     present = (count > 0).to(means.dtype).unsqueeze(-1)
-    shift.copy_((mean_of(clusters.centres, clusters.valid) - means) * present)
+    shift.copy_((mean_of(contexts, context_valid) - means) * present)
     classes = (means[:-1] * present[:-1]).sum(0) / present[:-1].sum().clamp_min(1.0)
     centre.copy_((classes + means[-1]) / 2 * (present[-1] * present[:-1].amax()))
+
+
+def _rows(total: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Rows of the bank that have each number of contexts: the classes and, with two numbers, one of background."""
+    return (total,) if len(sizes) == 1 else (total - 1, 1)

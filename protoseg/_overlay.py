@@ -8,7 +8,7 @@ from torch import Tensor
 from protoseg import _checks
 
 # "inferno" of matplotlib at nine even steps: lightness rises evenly with the score, so equal steps look equal
-# and a viewer who sees no colours still sees the order. A straight line in between is close enough for the eye.
+# and a viewer who sees no colours still sees the order. A straight line between them is close enough.
 HEAT = (
     (0, 0, 4),
     (33, 12, 74),
@@ -34,13 +34,13 @@ def palette() -> Tensor:
 def overlay(image: Tensor, layer: Tensor, *, strength: float = 0.65) -> Tensor:
     """Lay a heat map or a mask over a picture.
 
-    A floating point layer is a heat map: the picture turns grey, and colours from black over red to yellow are
-    mixed in. An integer layer is a mask: each class is mixed in with its PASCAL VOC colour, full at its edge,
-    void is a pale veil, and background shows the picture as it is.
+    A floating point layer is a heat map: the picture turns grey, and colours from black over red to yellow
+    are mixed in. An integer layer is a mask: each class is mixed in with its PASCAL VOC colour, full at its
+    edge, void is a pale veil, and background shows the picture as it is.
 
     Args:
         image: ``[3, H, W]`` uint8.
-        layer: ``[H, W]``: floating point scores 0..1 (clamped; NaN is 0, for a picture must not end a run),
+        layer: ``[H, W]``: floating point scores 0..1 (clamped, NaN as 0: a picture must not end a run),
             or a mask of integers 0..255 (0 = background, 255 = void).
         strength: Share of the layer's colours in the mixture, 0..1.
 

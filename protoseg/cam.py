@@ -1,9 +1,17 @@
-"""Class activation maps: background, multi-scale inference, masks, and thresholds that need no masks."""
+"""Class activation maps: normalise, background, multi-scale inference, masks, thresholds without masks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from protoseg import _checks
+from protoseg.functional import max_normalize as normalize
+
+__all__ = ["multi_scale", "normalize", "otsu_threshold", "quantile_threshold", "to_mask", "with_background"]
 
 
 def with_background(cam: Tensor, power: float = 1.0) -> Tensor:
@@ -17,6 +25,164 @@ def with_background(cam: Tensor, power: float = 1.0) -> Tensor:
 
     Returns:
         ``[..., C+1, H, W]``.
+
+    Raises:
+        ValueError: ``power`` is not above 0.
+
+    Example:
+        >>> with_background(torch.tensor([[[0.2]], [[0.7]]])).flatten().tolist()
+        [0.30000001192092896, 0.20000000298023224, 0.699999988079071]
     """
+    _checks.positive("with_background", "power", power)
     background = 1 - cam.amax(-3, keepdim=True)
     return torch.cat([background if power == 1 else background**power, cam], -3)
+
+
+def multi_scale(
+    model: Callable[[Tensor], Sequence[Tensor]],
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = True,
+    multiple: int = 8,
+) -> tuple[Tensor, ...]:
+    """Run a model on several sizes of a picture, and mirrored, and average what it returns.
+
+    Raw scores are averaged, on the grid of the first scale, before any clipping or normalising.
+
+    Args:
+        model: Takes ``[B, 3, H, W]`` and returns one or more maps ``[B, ?, h, w]``, such as features and CAM.
+        images: ``[B, 3, H, W]``, normalised as the model wants them.
+        scales: Factors above 0.
+        flip: Also the mirrored picture, its maps mirrored back.
+        multiple: Sides are rounded to a multiple of it, at least one, so that strides divide them.
+
+    Returns:
+        The model's maps, averaged.
+
+    Raises:
+        ValueError: Wrong rank, no scale, or one that is not above 0.
+
+    Example:
+        >>> (mean,) = multi_scale(lambda x: (x.mean(1, keepdim=True),), torch.ones(1, 3, 16, 16), scales=(1, 2))
+        >>> mean.shape, mean.mean().item()
+        (torch.Size([1, 1, 16, 16]), 1.0)
+    """
+    _checks.shape("multi_scale", "images", images, ("B", "C", "H", "W"))
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"multi_scale: scales must be one or more numbers above 0, got {tuple(scales)}")
+    total: list[Tensor] = []
+    for scale in scales:
+        size = [max(1, round(side * scale / multiple)) * multiple for side in images.shape[-2:]]
+        scaled = images
+        if size != list(images.shape[-2:]):
+            scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            maps = model(scaled.flip(-1) if mirrored else scaled)
+            maps = [each.flip(-1) if mirrored else each for each in maps]
+            if not total:
+                total = [torch.zeros_like(each) for each in maps]
+            for mean, each in zip(total, maps, strict=True):
+                mean += _resize(each, mean.shape[-2:])
+    runs = len(scales) * (1 + flip)
+    return tuple(mean / runs for mean in total)
+
+
+def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Turn normalised maps into class indices.
+
+    A pixel takes its best class among those present when that class's score is at least the threshold, else
+    background: the rule that :class:`protoseg.metrics.ThresholdSweep` scores.
+
+    Args:
+        cam: ``[..., C, H, W]`` in ``[0, 1]``, foreground only.
+        labels: ``[..., C]`` multi-hot.
+        threshold: In ``[0, 1]``.
+
+    Returns:
+        ``[..., H, W]`` int64, 0 = background, 1..C = classes.
+
+    Raises:
+        ValueError: Shapes that do not belong together, or a threshold outside ``[0, 1]``.
+
+    Example:
+        >>> to_mask(torch.tensor([[[0.9, 0.1]], [[1.0, 1.0]]]), torch.tensor([1, 0]), 0.5).tolist()
+        [[1, 0]]
+    """
+    _checks.unit_interval("to_mask", "threshold", threshold)
+    if cam.shape[:-2] != labels.shape:
+        raise ValueError(
+            f"to_mask: cam [..., C, H, W] and labels [..., C] must agree, got {tuple(cam.shape)} and "
+            f"{tuple(labels.shape)}; leave the background channel out"
+        )
+    scores = cam.masked_fill(~labels.bool()[..., None, None], -1.0)
+    best, index = scores.max(-3)
+    return torch.where(best >= threshold, index + 1, 0)
+
+
+def otsu_threshold(histogram: Tensor) -> float:
+    r"""Choose a threshold without masks: the one that separates the scores best (Otsu, 1979).
+
+    .. math:: t^* = \arg\max_t\ \omega_0(t)\,\omega_1(t)\,(\mu_0(t) - \mu_1(t))^2
+
+    Args:
+        histogram: ``[bins + 1]`` counts of best present-class scores, entry ``i`` for scores from ``i / bins`` up, as
+            :attr:`protoseg.metrics.ThresholdSweep.score_histogram`.
+
+    Returns:
+        One of ``i / bins``; the middle of the range where several do equally well, and 0.5 for an empty histogram.
+
+    Example:
+        >>> otsu_threshold(torch.tensor([8.0, 2.0, 0.0, 0.0, 5.0]))
+        0.75
+    """
+    counts = _histogram("otsu_threshold", histogram)
+    if counts.sum() == 0:
+        return 0.5
+    bins = len(counts) - 1
+    levels = torch.arange(bins + 1, dtype=torch.float64)
+    below, above = counts.cumsum(0)[:-1], counts.sum() - counts.cumsum(0)[:-1]
+    low = (counts * levels).cumsum(0)[:-1]
+    high = (counts * levels).sum() - low
+    between = below * above * (low / below.clamp_min(1) - high / above.clamp_min(1)).square()
+    best = (between >= between.max() * (1 - 1e-9)).nonzero().flatten() + 1
+    return float(best[len(best) // 2]) / bins
+
+
+def quantile_threshold(histogram: Tensor, foreground: float) -> float:
+    """Choose a threshold without masks so that a given share of the pixels becomes foreground.
+
+    Args:
+        histogram: As for :func:`otsu_threshold`.
+        foreground: Share of the pixels in ``[0, 1]`` that shall score at least the threshold, from what the user
+            knows of the pictures.
+
+    Returns:
+        The ``i / bins`` whose share is nearest.
+
+    Raises:
+        ValueError: ``foreground`` outside ``[0, 1]`` or an empty histogram.
+
+    Example:
+        >>> quantile_threshold(torch.tensor([6.0, 2.0, 2.0]), 0.2)
+        1.0
+    """
+    _checks.unit_interval("quantile_threshold", "foreground", foreground)
+    counts = _histogram("quantile_threshold", histogram)
+    if counts.sum() == 0:
+        raise ValueError("quantile_threshold: histogram must hold at least one pixel, got an empty one")
+    share = counts.flip(0).cumsum(0).flip(0) / counts.sum()
+    return int((share - foreground).abs().argmin()) / (len(counts) - 1)
+
+
+def _histogram(where: str, histogram: Tensor) -> Tensor:
+    _checks.shape(where, "histogram", histogram, ("bins + 1",))
+    if len(histogram) < 2 or bool((histogram < 0).any()):
+        raise ValueError(f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}")
+    return histogram.double().cpu()
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)

@@ -145,15 +145,16 @@ class ContextPrototypeBank(nn.Module):
         *,
         capacity: int = 1000,
         num_contexts: int = 3,
+        background_contexts: int = 10,
         top_k: int = 3,
         cam_threshold: float = 0.4,
-        background_threshold: float = 0.1,
+        background_threshold: float = 0.3,
         metric: Metric = "dot",
-        temperature: float = 1.0,
+        temperature: float = 0.3,
         shift: bool = True,
         background: Background = "contexts",
         centre: bool = True,
-        sharpness: float = 3.0,
+        sharpness: float = 1.0,
         refresh_every: int = 10,
         detach: Detach = "pacam",
         check_values: bool | None = None,
@@ -161,7 +162,7 @@ class ContextPrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         me = type(self).__name__
-        for name, size in (("num_classes", num_classes), ("dim", dim), ("num_contexts", num_contexts)):
+        for name, size in (("num_classes", num_classes), ("dim", dim), ("num_contexts", num_contexts), ("background_contexts", background_contexts)):
             _checks.positive(me, name, size)
         _checks.positive(me, "refresh_every", refresh_every)
         _checks.positive(me, "temperature", temperature)
@@ -182,7 +183,7 @@ class ContextPrototypeBank(nn.Module):
                 "a ring cannot be clustered into more contexts than it holds instances"
             )
         self.num_classes, self.dim, self.capacity = num_classes, dim, capacity
-        self.num_contexts, self.top_k = num_contexts, top_k
+        self.num_contexts, self.background_contexts, self.top_k = num_contexts, background_contexts, top_k
         self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
         self.metric: Metric = metric
         self.temperature, self.align, self.sharpness = temperature, shift, sharpness
@@ -193,11 +194,12 @@ class ContextPrototypeBank(nn.Module):
         self.check_values = check_values
         # Background has the last row, so that the others are numbered as the labels are.
         rows = num_classes + (background == "contexts")
+        self._sizes = [num_contexts, background_contexts] if background == "contexts" else [num_contexts]
         self.register_buffer("bank", torch.zeros(rows, capacity, dim, device=device))
         self.register_buffer("pointer", torch.zeros(rows, dtype=torch.long, device=device))
         self.register_buffer("count", torch.zeros(rows, dtype=torch.long, device=device))
-        self.register_buffer("contexts", torch.zeros(rows, num_contexts, dim, device=device))
-        self.register_buffer("context_valid", torch.zeros(rows, num_contexts, dtype=torch.bool, device=device))
+        self.register_buffer("contexts", torch.zeros(rows, max(self._sizes), dim, device=device))
+        self.register_buffer("context_valid", torch.zeros(rows, max(self._sizes), dtype=torch.bool, device=device))
         self.register_buffer("shift", torch.zeros(rows, dim, device=device))
         self.register_buffer("centre", torch.zeros(dim, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
@@ -306,11 +308,12 @@ class ContextPrototypeBank(nn.Module):
             self.centre,
             self.step,
             self.refresh_every,
+            self._sizes,
         )
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre)
+        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes)
 
     def reset_parameters(self) -> None:
         """Empty the bank and forget the contexts."""

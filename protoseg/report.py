@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -20,7 +19,7 @@ from protoseg._page import Line, Mark
 __all__ = ["Picture", "overlay", "write_report"]
 
 _SHOWN = 6  # pictures of each kind: best, worst, without a score
-_NAMES = {"cam": "CAM", "instance": "Instance", "pacam": "PACAM", "eval": "held-out", "train": "training"}
+_NAMES = {"cam": "CAM", "instance": "Instance", "pacam": "PACAM", "train": "training", "eval": "evaluation"}
 _COLOURS = {"cam": "#8a94a3", "instance": "#e08a00", "pacam": "#0b6bcb", "segmentation": "#1a8f5a"}
 _MORE_COLOURS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
 
@@ -65,42 +64,45 @@ def write_report(
         path: The file, conventionally ``report.html``; missing folders are made.
         title: The heading.
         metrics: What ``metrics.json`` holds. Read are ``method``, ``seed``, ``seconds``, ``peak_memory_mb``,
-            ``versions`` (name -> version); ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class`` (class name ->
-            IoU or None), ``miou_mask_free``, ``threshold_mask_free``); ``pseudo_masks`` and ``segmentation``
-            (split -> ``miou`` and, at will, ``per_class``). All IoU and thresholds are 0..1.
+            ``versions`` (name -> version), ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class``,
+            ``miou_mask_free``, ``threshold_mask_free``), and ``pseudo_masks`` and ``segmentation`` (split ->
+            ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
         history: Curves by name, such as loss terms and learning rate, each a sequence of (step, value).
         sweeps: Split -> map -> (thresholds ``[T]``, mIoU ``[T]``), tensors or sequences, 0..1.
-        pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and up to six
-            without a score.
+        pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and up to
+            six without a score.
         classes: Names of the C foreground classes in the order of the mask values 1..C, for the legend.
         config: The run's settings by name; ``command``, if there, is shown as the line that repeats the run.
 
     Raises:
-        ImportError: There are curves but no matplotlib, or pictures but no PIL (the extra ``examples`` has both).
+        ImportError: There are curves but no matplotlib, or pictures but no PIL; the extra ``examples`` has both.
         TypeError: A picture is not uint8, see :func:`overlay`.
-        ValueError: A panel or truth has not the size of its picture.
+        ValueError: A panel or truth does not have the size of its picture.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "report.html"
-        ...     write_report(path, title="A run", metrics={"seed": 0, "maps": {"eval": {"cam": {"miou": 0.4}}}})
+        ...     write_report(path, title="A run", metrics={"maps": {"eval": {"cam": {"miou": 0.4}}}})
         ...     "40.0" in path.read_text(encoding="utf-8")
         True
     """
-    sections = [
+    config = config or {}
+    sections = (
         ("results", "Results", _results(metrics)),
         ("training", "Training", _curves(history or {})),
-        ("thresholds", "Thresholds", _sweeps(sweeps or {}, metrics)),
+        ("thresholds", "Thresholds", _sweeps(sweeps or {}, _part(metrics, "maps"))),
         ("classes", "Classes", _classes(metrics)),
         ("pictures", "Pictures", _pictures(pictures, classes)),
-        ("run", "Run", _run(metrics, config or {})),
-    ]
-    sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
-    body = [f"<header><h1>{escape(title)}</h1><nav>{links}</nav></header>", _cards(metrics)]
-    body += [f'<section id="{name}"><h2>{heading}</h2>{html}</section>' for name, heading, html in sections]
-    _page.write(Path(path), _page.document(title, "\n".join(body)))
+        ("run", "Run", _run(metrics, config)),
+    )
+    links, bodies = "", ""
+    for name, heading, html in sections:
+        if html:
+            links += f'<a href="#{name}">{heading}</a>'
+            bodies += f'<section id="{name}"><h2>{heading}</h2>{html}</section>\n'
+    head = f"<header><h1>{escape(title)}</h1>{_subtitle(metrics)}<nav>{links}</nav></header>\n"
+    _page.write(Path(path), _page.document(title, f"{head}{_cards(metrics)}\n{bodies}"))
 
 
 def _name(key: str) -> str:
@@ -108,17 +110,16 @@ def _name(key: str) -> str:
 
 
 def _colour(key: str) -> str:
-    # Any other name gets a colour of its own that is the same in every section, and in every run.
+    # A name without a colour gets one from its letters: the same in every section and in every run.
     return _COLOURS.get(key) or _MORE_COLOURS[sum(key.encode()) % len(_MORE_COLOURS)]
 
 
-def _keys(keys: Iterable[str], *more: str) -> str:
-    """The legend of colours, one entry for each of ``keys``; ``more`` is HTML."""
-    spans = [
-        f'<span><i class="dot" style="background:{_colour(key)}"></i>{_name(key)}</span>'
-        for key in dict.fromkeys(keys)
-    ]
-    return f'<div class="keys">{"".join([*spans, *(f"<span>{html}</span>" for html in more)])}</div>'
+def _dot(colour: str) -> str:
+    return f'<i class="dot" style="background:{colour}"></i>'
+
+
+def _legend(entries: Iterable[str]) -> str:
+    return f'<div class="keys">{"".join(f"<span>{entry}</span>" for entry in entries)}</div>'
 
 
 def _part(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -126,32 +127,41 @@ def _part(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {split: values for split, values in (metrics.get(key) or {}).items() if values}
 
 
-def _difference(a: object, b: object) -> float | None:
+def _minus(a: object, b: object) -> float | None:
     x, y = _page.number(a), _page.number(b)
     return None if x is None or y is None else x - y
 
 
+def _memory(metrics: Mapping[str, Any]) -> str | None:
+    memory = _page.number(metrics.get("peak_memory_mb"))
+    return None if memory is None else f"{memory:,.0f} MB"
+
+
+def _subtitle(metrics: Mapping[str, Any]) -> str:
+    version = (metrics.get("versions") or {}).get("protoseg")
+    facts = (("method ", metrics.get("method")), ("seed ", metrics.get("seed")), ("protoseg ", version))
+    text = " · ".join(f"{name}{value}" for name, value in facts if value is not None)
+    return f"<p>{escape(text)}</p>" if text else ""
+
+
 def _cards(metrics: Mapping[str, Any]) -> str:
+    """The few numbers that a reader wants first."""
     cards = []
     for split, maps in _part(metrics, "maps").items():
-        known = {
-            key: value["miou"] for key, value in maps.items() if _page.number(value.get("miou")) is not None
-        }
+        known = {key: miou for key in maps if (miou := _page.number(maps[key].get("miou"))) is not None}
         if known:
-            best = max(known, key=lambda key: float(known[key]))
-            over = _difference(known[best], known.get("cam"))
-            note = f"{_page.points(over)} over CAM" if over is not None and best != "cam" else "the best map"
-            cards.append((_page.percent(known[best]), f"{_name(best)}, {_name(split)}", note))
+            best = max(known, key=lambda key: known[key])
+            over = _minus(known[best], known.get("cam"))
+            note = "best map" if over is None or best == "cam" else f"{_page.difference(over)} over CAM"
+            cards.append((f"{_name(best)}, {_name(split)}", _page.percent(known[best]), note))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, key).items():
-            cards.append((_page.percent(values.get("miou")), f"{heading}, {_name(split)}", "mIoU in percent"))
+            cards.append((f"{heading}, {_name(split)}", _page.percent(values.get("miou")), "mIoU in percent"))
     if _page.number(metrics.get("seconds")) is not None:
-        memory = _page.number(metrics.get("peak_memory_mb"))
-        note = "" if memory is None else f"{memory:,.0f} MB at the peak"
-        cards.append((_page.duration(metrics["seconds"]), "Time", note))
+        memory = _memory(metrics)
+        cards.append(("Time", _page.duration(metrics["seconds"]), f"{memory} at the peak" if memory else ""))
     html = "".join(
-        f'<div class="card"><span>{heading}</span><b>{value}</b><small>{note}</small></div>'
-        for value, heading, note in cards
+        f'<div class="card"><h3>{h}</h3><b>{v}</b><small>{note}</small></div>' for h, v, note in cards
     )
     return f'<div class="cards">{html}</div>' if html else ""
 
@@ -159,245 +169,208 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 def _results(metrics: Mapping[str, Any]) -> str:
     rows = []
     for split, maps in _part(metrics, "maps").items():
-        top = max((_page.number(value.get("miou")) or 0 for value in maps.values()), default=0)
+        scores = [_page.number(value.get("miou")) for value in maps.values()]
+        top = max((score for score in scores if score is not None), default=None)
         for i, (key, value) in enumerate(maps.items()):
-            miou, blind = value.get("miou"), value.get("miou_mask_free")
-            best = " best" if miou is not None and miou == top else ""
-            over = None if key == "cam" else _difference(miou, maps.get("cam", {}).get("miou"))
-            cells = [
-                f'<td class="n{best}">{_page.percent(miou)}</td>',
-                *(
-                    f'<td class="n">{text}</td>'
-                    for text in (
-                        _page.points(over),
-                        _page.fixed(value.get("threshold")),
-                        _page.percent(blind),
-                        _page.fixed(value.get("threshold_mask_free")),
-                        _page.points(_difference(blind, miou)),
-                    )
-                ),
-            ]
-            rows.append(
-                _result_row(
-                    split, f'<i class="dot" style="background:{_colour(key)}"></i>{_name(key)}', cells, i == 0
-                )
+            blind = value.get("miou_mask_free")
+            over = None if key == "cam" else _minus(scores[i], maps.get("cam", {}).get("miou"))
+            cells = (
+                _page.percent(scores[i]),
+                _page.difference(over),
+                _page.fixed(value.get("threshold")),
+                _page.percent(blind),
+                _page.fixed(value.get("threshold_mask_free")),
+                _page.difference(_minus(blind, scores[i])),
             )
-    for key, heading in (("pseudo_masks", "pseudo masks"), ("segmentation", "segmentation network")):
+            best = scores[i] is not None and scores[i] == top
+            rows.append(_result(split if i == 0 else "", _dot(_colour(key)) + _name(key), cells, best))
+    for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
         for split, values in _part(metrics, key).items():
-            cells = [
-                f'<td class="n">{_page.percent(values.get("miou"))}</td>',
-                f'<td class="n">{_page.DASH}</td>' * 5,
-            ]
-            rows.append(_result_row(split, heading, cells, True))
+            rows.append(_result(split, heading, (_page.percent(values.get("miou")), *[_page.DASH] * 5)))
     if not rows:
         return ""
     return (
-        "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a sweep and "
-        "flatters; one chosen without masks is what a user without masks gets, and costs what the last column says.</p>"
-        '<div class="scroll"><table class="numbers"><thead>'
-        '<tr><th colspan="2"></th><th class="g" colspan="3">Threshold chosen with masks</th>'
-        '<th class="g" colspan="3">Threshold chosen without masks</th></tr>'
-        '<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over CAM</th><th class="n">threshold</th>'
-        '<th class="n">mIoU</th><th class="n">threshold</th><th class="n">change</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a sweep "
+        "and flatters; one chosen without masks is what a user without masks gets, and the last column says what "
+        'that costs.</p><div class="scroll"><table class="numbers"><thead>'
+        '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
+        '<th class="n left" colspan="3">Threshold chosen without masks</th></tr>'
+        '<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over CAM</th>'
+        '<th class="n">threshold</th><th class="n left">mIoU</th><th class="n">threshold</th>'
+        f'<th class="n">change</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-def _result_row(split: str, heading: str, cells: Sequence[str], first: bool) -> str:
-    mark = ' class="first"' if first else ""
-    return f'<tr{mark}><td>{_name(split) if first else ""}</td><th scope="row">{heading}</th>{"".join(cells)}</tr>'
-
-
-def _finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
-    pairs = ((float(x), math.nan if y is None else float(y)) for x, y in points)
-    return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-
-
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Moving average over about a twentieth of the curve, without the pull towards zero at its start."""
-    keep = 1 - 20 / len(points)
-    total = weight = 0.0
-    out = []
-    for x, y in points:
-        total, weight = keep * total + y, keep * weight + 1
-        out.append((x, total / weight))
-    return out
+def _result(split: str, heading: str, cells: Sequence[str], best: bool = False) -> str:
+    kinds = ["n best" if best else "n", "n", "n", "n left", "n", "n"]
+    html = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))
+    first = ' class="first"' if split else ""
+    return f'<tr{first}><td>{_name(split)}</td><th scope="row">{heading}</th>{html}</tr>'
 
 
 def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    figures = []
+    figures, noisy = "", False
     for name, curve in history.items():
-        points = _finite(curve)
-        if not points:
-            continue
-        colour = _COLOURS["pacam"]
-        noisy = len(points) > 60
-        lines = (
-            [Line(points, colour, True), Line(_smooth(points), colour)] if noisy else [Line(points, colour)]
-        )
-        svg = _page.plot(lines, (), label=name, x_label="step", size=(3.7, 2.1))
-        figures.append(f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>")
-    return (
-        f'<p>Pale: every logged value. Full: their moving average.</p><div class="plots">{"".join(figures)}</div>'
-        if figures
-        else ""
-    )
+        points = _page.finite(curve)
+        if points:
+            lines = [Line(points, _COLOURS["pacam"])]
+            if len(points) > 60:
+                noisy = True
+                lines = [Line(points, _COLOURS["pacam"], True), Line(_page.smooth(points), _COLOURS["pacam"])]
+            svg = _page.plot(lines, (), label=name, x_label="step", size=(3.2, 2.1))
+            figures += f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>"
+    note = "<p>Pale: every logged value. Full: their moving average.</p>" if noisy else ""
+    return f'{note}<div class="plots">{figures}</div>' if figures else ""
 
 
-def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], metrics: Mapping[str, Any]) -> str:
-    figures = []
+def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], chosen: Mapping[str, Any]) -> str:
+    figures = ""
     for split, maps in sweeps.items():
         lines, marks = [], []
         for key, (thresholds, miou) in maps.items():
-            points = [(t, 100 * y) for t, y in _finite(zip(thresholds, miou, strict=True))]
-            if not points:
-                continue
-            lines.append(Line(points, _colour(key)))
-            chosen = _part(metrics, "maps").get(split, {}).get(key, {})
-            for suffix, filled in (("", True), ("_mask_free", False)):
-                x, y = (
-                    _page.number(chosen.get("threshold" + suffix)),
-                    _page.number(chosen.get("miou" + suffix)),
-                )
+            points = [(t, 100 * y) for t, y in _page.finite(zip(thresholds, miou, strict=True))]
+            if points:
+                lines.append(Line(points, _colour(key)))
+            value = chosen.get(split, {}).get(key, {})
+            for suffix in ("", "_mask_free"):
+                x, y = _page.number(value.get(f"threshold{suffix}")), _page.number(value.get(f"miou{suffix}"))
                 if x is not None and y is not None:
-                    marks.append(Mark(x, 100 * y, _colour(key), filled))
+                    marks.append(Mark(x, 100 * y, _colour(key), filled=not suffix))
         if lines:
             svg = _page.plot(
                 lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9)
             )
-            figures.append(
+            figures += (
                 f"<figure><figcaption>mIoU in percent, {_name(split)} pictures</figcaption>{svg}</figure>"
             )
     if not figures:
         return ""
-    legend = _keys(
-        (key for maps in sweeps.values() for key in maps), "● chosen with masks", "○ chosen without masks"
-    )
+    keys = dict.fromkeys(key for maps in sweeps.values() for key in maps)
+    legend = _legend([*(_dot(_colour(key)) + _name(key) for key in keys), "● with masks", "○ without masks"])
     return (
-        "<p>A pixel is foreground where its best class scores at least the threshold. A broad top forgives a threshold "
-        f'that is off; a narrow one does not.</p>{legend}<div class="plots wide">{"".join(figures)}</div>'
+        "<p>A pixel is foreground where its best class scores at least the threshold. A broad top forgives a "
+        "threshold that is off; a narrow one does not. The points are the thresholds chosen with and without "
+        f'masks.</p>{legend}<div class="plots wide">{figures}</div>'
     )
 
 
 def _classes(metrics: Mapping[str, Any]) -> str:
-    """IoU of each class: one group of bars a class, one bar a map."""
-    series: dict[str, dict[str, Mapping[str, Any]]] = {}
+    """A group of bars for each class, a bar for each map."""
+    splits: dict[str, dict[str, Mapping[str, Any]]] = {}
     for split, maps in _part(metrics, "maps").items():
-        series[split] = {key: value["per_class"] for key, value in maps.items() if value.get("per_class")}
-    for split, values in _part(metrics, "segmentation").items():
-        if values.get("per_class"):
-            series.setdefault(split, {})["segmentation"] = values["per_class"]
-    html = []
-    for split, tables in series.items():
-        groups = []
+        splits[split] = {key: value["per_class"] for key, value in maps.items() if value.get("per_class")}
+    for split, value in _part(metrics, "segmentation").items():
+        if value.get("per_class"):
+            splits.setdefault(split, {})["segmentation"] = value["per_class"]
+    html = ""
+    for split, tables in splits.items():
+        groups = ""
         for name in dict.fromkeys(name for table in tables.values() for name in table):
             bars = "".join(_bar(_colour(key), table.get(name)) for key, table in tables.items())
-            groups.append(f'<div class="class"><span>{escape(str(name))}</span><div>{bars}</div></div>')
+            groups += f'<div class="class"><span>{escape(str(name))}</span><div>{bars}</div></div>'
         if groups:
-            html.append(
-                f'<h3>IoU in percent, {_name(split)} pictures</h3>{_keys(tables)}<div class="bars">{"".join(groups)}</div>'
+            legend = _legend(_dot(_colour(key)) + _name(key) for key in tables)
+            html += (
+                f'<h3>IoU in percent, {_name(split)} pictures</h3>{legend}<div class="bars">{groups}</div>'
             )
-    return "".join(html)
+    return html
 
 
 def _bar(colour: str, value: object) -> str:
     width = 100 * min(max(_page.number(value) or 0, 0), 1)
-    return f'<div class="bar"><i><i style="width:{width:.1f}%;background:{colour}"></i></i><span>{_page.percent(value)}</span></div>'
+    filled = f'<i style="width:{width:.1f}%;background:{colour}"></i>'
+    return f'<div class="bar"><i>{filled}</i><span>{_page.percent(value)}</span></div>'
 
 
 def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
-    scored = [picture for picture in pictures if _page.number(picture.score) is not None]
-    scored.sort(key=lambda picture: -float(picture.score or 0))
+    scored = [(score, p) for p in pictures if (score := _page.number(p.score)) is not None]
+    ranked = [p for _, p in sorted(scored, key=lambda pair: -pair[0])]
     groups = {
-        "Best": scored[: min(_SHOWN, (len(scored) + 1) // 2)],
-        "Worst": scored[::-1][: min(_SHOWN, len(scored) // 2)],
-        "Without a score": [picture for picture in pictures if _page.number(picture.score) is None][:_SHOWN],
+        "Best": ranked[: min(_SHOWN, (len(ranked) + 1) // 2)],
+        "Worst": ranked[::-1][: min(_SHOWN, len(ranked) // 2)],
+        "Without a score": [p for p in pictures if _page.number(p.score) is None][:_SHOWN],
     }
-    shown = [picture for group in groups.values() for picture in group]
+    shown = [p for group in groups.values() for p in group]
     if not shown:
         return ""
-    layers = [
-        layer for p in shown for layer in (*p.panels.values(), *(() if p.truth is None else (p.truth,)))
-    ]
-    html = [_legend(layers, classes)]
-    columns = list(dict.fromkeys(name for picture in shown for name in picture.panels))
-    truth = ["truth"] if any(picture.truth is not None for picture in shown) else []
+    html = _picture_legend(shown, classes)
+    columns = list(dict.fromkeys(name for p in shown for name in p.panels))
+    if any(p.truth is not None for p in shown):
+        columns.insert(0, "truth")
     for heading, group in groups.items():
         if group:
-            heads = "".join(f"<th>{_name(name)}</th>" for name in ["image", *truth, *columns])
-            rows = "".join(_picture(picture, bool(truth), columns) for picture in group)
-            width = 1 + len(truth) + len(columns)
-            html.append(
-                f'<h3>{heading}</h3><div class="scroll"><table class="pictures" style="--columns:{width}">'
+            heads = "".join(f"<th>{_name(name)}</th>" for name in ("image", *columns))
+            rows = "".join(_picture(p, columns) for p in group)
+            html += (
+                f'<h3>{heading}</h3><div class="scroll"><table class="pictures" style="--columns:{len(columns) + 1}">'
                 f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
             )
-    return "".join(html)
+    return html
 
 
-def _picture(picture: Picture, truth: bool, columns: Sequence[str]) -> str:
-    layers = [("truth", picture.truth)] if truth else []
-    layers += [(name, picture.panels.get(name)) for name in columns]
-    cells = [f"<td>{_image(picture.image, f'{picture.id}: image')}</td>"]
-    for name, layer in layers:
-        shown = (
-            _page.DASH if layer is None else _image(overlay(picture.image, layer), f"{picture.id}: {name}")
-        )
-        cells.append(f"<td>{shown}</td>")
-    tags = "".join(f'<span class="tag">{escape(str(tag))}</span>' for tag in picture.tags)
-    score = f"<b>{_page.percent(picture.score)}</b>"
-    row = f'<th class="row" colspan="{len(cells)}">{score}<code>{escape(picture.id)}</code>{tags}</th>'
-    return f"<tr>{row}</tr><tr>{''.join(cells)}</tr>"
+def _layers(picture: Picture) -> dict[str, Tensor]:
+    truth = {} if picture.truth is None else {"truth": picture.truth}
+    return {**truth, **picture.panels}
+
+
+def _picture(picture: Picture, columns: Sequence[str]) -> str:
+    layers = _layers(picture)
+    cells = f"<td>{_image(picture.image, f'{picture.id}: image')}</td>"
+    for name in columns:
+        shown = _page.DASH
+        if name in layers:
+            shown = _image(overlay(picture.image, layers[name]), f"{picture.id}: {name}")
+        cells += f"<td>{shown}</td>"
+    tags = "".join(f"<span>{escape(str(tag))}</span>" for tag in picture.tags)
+    head = f"<b>{_page.percent(picture.score)}</b><code>{escape(picture.id)}</code>{tags}"
+    return f'<tr><th class="row" colspan="{len(columns) + 1}">{head}</th></tr><tr>{cells}</tr>'
 
 
 def _image(image: Tensor, label: str) -> str:
     return f'<img alt="{escape(label)}" src="{_page.data_uri(image)}">'
 
 
-def _legend(layers: Sequence[Tensor], classes: Sequence[str]) -> str:
+def _picture_legend(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
     """The colours of the heat maps, and of the classes that occur in the masks."""
-    masks = [layer.flatten().long() for layer in layers if not layer.is_floating_point()]
-    values = sorted(set(torch.cat(masks).tolist()) - {0}) if masks else []
+    layers = [layer for picture in pictures for layer in _layers(picture).values()]
+    masks = [layer.flatten().long().cpu() for layer in layers if not layer.is_floating_point()]
     entries = []
     if len(masks) < len(layers):
         steps = ",".join(f"rgb{colour}" for colour in HEAT)
         entries.append(f'score 0<i class="heat" style="background:linear-gradient(90deg,{steps})"></i>1')
-    for value in values:
+    for value in sorted(set(torch.cat(masks).tolist()) - {0}) if masks else ():
         name = "void" if value == 255 else classes[value - 1] if value <= len(classes) else f"class {value}"
-        colour = tuple(palette()[value].tolist())
-        entries.append(f'<i class="dot" style="background:rgb{colour}"></i>{escape(str(name))}')
-    return _keys((), *entries)
+        entries.append(_dot(f"rgb{tuple(palette()[value].tolist())}") + escape(str(name)))
+    return _legend(entries)
 
 
 def _run(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    memory = _page.number(metrics.get("peak_memory_mb"))
     facts = {
         "method": metrics.get("method"),
         "seed": metrics.get("seed"),
-        "time": _page.duration(metrics["seconds"]) if metrics.get("seconds") is not None else None,
-        "peak memory": None if memory is None else f"{memory:,.0f} MB",
+        "time": None if metrics.get("seconds") is None else _page.duration(metrics["seconds"]),
+        "peak memory": _memory(metrics),
         **(metrics.get("versions") or {}),
     }
-    command = config.get("command")
-    repeat = "" if command is None else f"<h3>Command</h3><pre>{escape(_text(command))}</pre>"
-    lists = [
-        ("Facts", facts),
-        ("Settings", {key: value for key, value in config.items() if key != "command"}),
-    ]
-    halves = [
-        f"<div><h3>{heading}</h3>{_list(entries)}</div>" for heading, entries in lists if _list(entries)
-    ]
-    return repeat + (f'<div class="halves">{"".join(halves)}</div>' if halves else "")
+    settings = dict(config)
+    command = settings.pop("command", None)
+    html = "" if command is None else f"<h3>Command</h3><pre>{escape(_text(command))}</pre>"
+    halves = "".join(
+        f"<div><h3>{heading}</h3><dl>{entries}</dl></div>"
+        for heading, entries in (("Facts", _entries(facts)), ("Settings", _entries(settings)))
+        if entries
+    )
+    return f'{html}<div class="halves">{halves}</div>' if halves else html
 
 
-def _list(entries: Mapping[str, Any]) -> str:
-    items = [
+def _entries(values: Mapping[str, Any]) -> str:
+    return "".join(
         f"<dt>{escape(str(key))}</dt><dd>{escape(_text(value))}</dd>"
-        for key, value in entries.items()
+        for key, value in values.items()
         if value is not None
-    ]
-    return f"<dl>{''.join(items)}</dl>" if items else ""
+    )
 
 
 def _text(value: object) -> str:
-    """A setting as text: containers as JSON, which reads the same in every Python."""
+    """A setting as text: what has parts as JSON, the rest as Python writes it."""
     return json.dumps(value, default=str) if isinstance(value, (dict, list, tuple, bool)) else str(value)

@@ -273,7 +273,7 @@ def test_missing_picture(root: Path) -> None:
     (root / "JPEGImages" / "a.jpg").unlink()
     with pytest.raises(UnreadableFileError, match=r"a\.jpg: no such file, nor \.jpeg or \.png") as caught:
         VOCFolder(root, "val")[0]
-    assert caught.value.path == str(root / "JPEGImages" / "a.jpg")
+    assert str(caught.value).startswith(str(root / "JPEGImages" / "a.jpg"))
 
 
 @pytest.mark.parametrize("part", [0, 0.2, 0.7])
@@ -286,7 +286,7 @@ def test_truncated_files(root: Path, name: str, part: float) -> None:
         UnreadableFileError, match=rf"{name}: cannot be read \(.*\); fetch or write"
     ) as caught:
         VOCFolder(root, "val")[0]
-    assert caught.value.path == str(root / name)
+    assert str(caught.value).startswith(str(root / name))
 
 
 def test_mask_of_another_size(root: Path) -> None:
@@ -329,7 +329,7 @@ def test_grey_masks_and_small_palettes_hold_indices(root: Path) -> None:
 def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(UnreadableFileError("a.jpg", "truncated")))
     assert isinstance(error, UnreadableFileError)
-    assert (error.path, str(error)) == ("a.jpg", "a.jpg: truncated")
+    assert str(error) == "a.jpg: truncated"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create")
@@ -341,9 +341,8 @@ def test_workers_read_the_same_and_pass_on_what_is_unreadable(root: Path) -> Non
     assert all(torch.equal(a.image, b.image) for a, b in zip(loaded, folder, strict=True))
     bad = root / "JPEGImages" / "c.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    # Torch may turn an error that takes two arguments into a RuntimeError; name and path must come through.
     message = rf"UnreadableFileError.*{re.escape(str(bad))}: cannot be read"
-    with pytest.raises((UnreadableFileError, RuntimeError), match=f"(?s){message}"):
+    with pytest.raises(UnreadableFileError, match=f"(?s){message}"):
         list(loader)
 
 

@@ -28,17 +28,8 @@ class Sample(NamedTuple):
 
 
 class UnreadableFileError(ValueError):
-    """A picture or mask is missing, truncated or of the wrong form; ``path`` says which.
+    """A picture or mask is missing, truncated or of the wrong form; the message starts with its path."""
 
-    Attributes:
-        path: The file at fault.
-    """
-
-    def __init__(self, path: object, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path = str(path)
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type[UnreadableFileError], tuple[str, str]]:
-        """Survive the trip from a data loader's worker process."""
-        return type(self), (self.path, self.problem)
+    def __init__(self, path: object, problem: str | None = None) -> None:
+        # A data loader rebuilds a worker's error from its message alone.
+        super().__init__(str(path) if problem is None else f"{path}: {problem}")
