@@ -178,7 +178,9 @@ def quantile_threshold(histogram: Tensor, foreground: float) -> float:
 def _histogram(where: str, histogram: Tensor) -> Tensor:
     _checks.shape(where, "histogram", histogram, ("bins + 1",))
     if len(histogram) < 2 or bool((histogram < 0).any()):
-        raise ValueError(f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}")
+        raise ValueError(
+            f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}"
+        )
     return histogram.double().cpu()
 
 

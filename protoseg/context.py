@@ -162,7 +162,12 @@ class ContextPrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         me = type(self).__name__
-        for name, size in (("num_classes", num_classes), ("dim", dim), ("num_contexts", num_contexts), ("background_contexts", background_contexts)):
+        for name, size in (
+            ("num_classes", num_classes),
+            ("dim", dim),
+            ("num_contexts", num_contexts),
+            ("background_contexts", background_contexts),
+        ):
             _checks.positive(me, name, size)
         _checks.positive(me, "refresh_every", refresh_every)
         _checks.positive(me, "temperature", temperature)
@@ -199,7 +204,9 @@ class ContextPrototypeBank(nn.Module):
         self.register_buffer("pointer", torch.zeros(rows, dtype=torch.long, device=device))
         self.register_buffer("count", torch.zeros(rows, dtype=torch.long, device=device))
         self.register_buffer("contexts", torch.zeros(rows, max(self._sizes), dim, device=device))
-        self.register_buffer("context_valid", torch.zeros(rows, max(self._sizes), dtype=torch.bool, device=device))
+        self.register_buffer(
+            "context_valid", torch.zeros(rows, max(self._sizes), dtype=torch.bool, device=device)
+        )
         self.register_buffer("shift", torch.zeros(rows, dim, device=device))
         self.register_buffer("centre", torch.zeros(dim, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
@@ -223,7 +230,9 @@ class ContextPrototypeBank(nn.Module):
         instances = instances * valid.unsqueeze(-1)
         state = self._snapshot(features.dtype)
         origin = state.centre if self.centred else torch.zeros_like(state.centre)
-        directions, weights, selected = self._directions(instances - origin, valid, state, state.contexts - origin)
+        directions, weights, selected = self._directions(
+            instances - origin, valid, state, state.contexts - origin
+        )
         # Without contexts and without a pixel of its own a class has no direction; its map and its loss are 0.
         scores = cosine_map(features - origin[:, None, None], directions)
         shown = valid[:, :classes] & (directions[:, :classes].detach().abs().sum(-1) > 0)
@@ -278,7 +287,7 @@ class ContextPrototypeBank(nn.Module):
         return directions, weights * seen, selected.masked_fill(~seen, -1)
 
     def _pacam(self, scores: Tensor) -> Tensor:
-        foreground, background = scores.split([self.num_classes, 1], 1)
+        foreground, background = torch.split(scores, [self.num_classes, 1], 1)
         if self.background == "one_minus_max":
             return max_normalize(foreground)
         return judge(foreground, background, self.sharpness)
@@ -313,7 +322,9 @@ class ContextPrototypeBank(nn.Module):
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes)
+        refresh(
+            self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes
+        )
 
     def reset_parameters(self) -> None:
         """Empty the bank and forget the contexts."""
@@ -330,13 +341,23 @@ class ContextPrototypeBank(nn.Module):
     def _check(self, features: Tensor, cam: Tensor, labels: Tensor) -> None:
         me = type(self).__name__
         _checks.shape(
-            me, "features", features, ("B", self.dim, "H", "W"), f"construct the bank with dim={_axis(features, 1)}"
+            me,
+            "features",
+            features,
+            ("B", self.dim, "H", "W"),
+            f"construct the bank with dim={_axis(features, 1)}",
         )
         batch, classes = features.shape[0], self.num_classes
         _checks.shape(
-            me, "cam", cam, (batch, classes, "h", "w"), "pass the foreground classes only, one map for each picture"
+            me,
+            "cam",
+            cam,
+            (batch, classes, "h", "w"),
+            "pass the foreground classes only, one map for each picture",
         )
-        _checks.shape(me, "labels", labels, (batch, classes), "pass the multi-hot labels of the foreground classes")
+        _checks.shape(
+            me, "labels", labels, (batch, classes), "pass the multi-hot labels of the foreground classes"
+        )
         _checks.floating(me, "features", features)
         _checks.floating(me, "cam", cam)
         _checks.not_empty(me, "features", features)

@@ -117,7 +117,8 @@ def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> T
             # The faster route through a matrix product cancels digits where two points are close.
             power = 1.0 if metric == "l1" else 2.0
             mode = "donot_use_mm_for_euclid_dist"
-            return -torch.cdist(anchors, prototypes, p=power, compute_mode=mode)
+            distance: Tensor = torch.cdist(anchors, prototypes, p=power, compute_mode=mode)
+            return -distance
         if metric == "cosine":
             anchors, prototypes = F.normalize(anchors, dim=-1), F.normalize(prototypes, dim=-1)
         return anchors @ prototypes.transpose(-2, -1)
@@ -221,7 +222,7 @@ def cosine_map(features: Tensor, directions: Tensor) -> Tensor:
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(full_precision(features), dim=1)
-        return (full_precision(directions) @ unit.flatten(2)).unflatten(-1, features.shape[-2:])
+        return (full_precision(directions) @ unit.flatten(2)).reshape(len(features), -1, *features.shape[-2:])
 
 
 def prototype_cam(features: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -298,7 +299,9 @@ class Clusters(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, iterations: int = 10) -> Clusters:
+def kmeans(
+    points: Tensor, valid: Tensor | None = None, *, num_clusters: int, iterations: int = 10
+) -> Clusters:
     r"""Cluster each class's points at once: seeding by squared distance, then Lloyd's rounds.
 
     A round is one batched matrix product for the distances,

@@ -1,0 +1,127 @@
+"""Pixel-adaptive refinement of maps by the picture's colours, and a plug for anything else, such as a dense CRF."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoseg import _checks
+
+__all__ = ["Refiner", "load_refiner", "pixel_adaptive_refine"]
+
+Refiner = Callable[[Tensor, Tensor], Tensor]
+"""Takes maps ``[B, C, H, W]`` and pictures ``[B, 3, H, W]`` uint8 to better maps of the same shape."""
+
+
+@torch.no_grad()
+def pixel_adaptive_refine(
+    maps: Tensor,
+    images: Tensor,
+    *,
+    iterations: int = 10,
+    dilations: Sequence[int] = (1, 2, 4, 8),
+    sharpness: float = 10.0,
+) -> Tensor:
+    r"""Let neighbours of the same colour agree.
+
+    .. math:: m^{t+1}(i) = \sum_{j \in N(i)} \alpha_{ij}\, m^t(j), \qquad
+        \alpha_{ij} = \mathrm{softmax}_j \Bigl(- \kappa\,\tfrac13 \sum_{rgb} \frac{|I_i - I_j|}{\sigma_i}\Bigr)
+
+    with :math:`N(i)` the eight neighbours at each dilation and :math:`\sigma_i` the standard deviation of the picture over
+    them. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels", 2020), which divides by
+    :math:`\sigma_i^2` and leaves the strength to it; here the distance is in standard deviations and the strength is
+    :math:`\kappa`. Neighbours outside the picture repeat its edge.
+
+    Args:
+        maps: ``[B, C, H, W]`` scores; each channel is refined alike, so a sum over channels of 1 stays 1.
+        images: ``[B, 3, H, W]``, any range, as large as the maps.
+        iterations: Rounds, at least 0.
+        dilations: Distances of the neighbours in pixels.
+        sharpness: :math:`\kappa` above 0.
+
+    Returns:
+        ``[B, C, H, W]`` float32, inside the range of ``maps``.
+
+    Raises:
+        ValueError: Sizes differ or an option is out of range.
+
+    Example:
+        >>> image = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(1, 3, 4, 4)
+        >>> rough = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(1, 1, 4, 4)
+        >>> fine = pixel_adaptive_refine(rough, image, dilations=(1,))
+        >>> bool(fine[0, 0, 0, 1] > 0.4), bool(fine[0, 0, 0, 2] < 0.1)
+        (True, True)
+    """
+    where = "pixel_adaptive_refine"
+    _checks.shape(where, "maps", maps, ("B", "C", "H", "W"))
+    _checks.shape(
+        where, "images", images, (maps.shape[0], 3, *maps.shape[2:]), "resize the maps to the pictures"
+    )
+    _checks.positive(where, "sharpness", sharpness)
+    if iterations < 0 or not dilations or min(dilations) < 1:
+        raise ValueError(
+            f"{where}: iterations must be at least 0 and dilations numbers of at least 1, "
+            f"got {iterations} and {tuple(dilations)}"
+        )
+    pictures, maps = images.float(), maps.float()
+    around = torch.cat([_neighbours(pictures, d) for d in dilations], 2)
+    spread = around.std(2, keepdim=True).clamp_min(1e-4 * float(pictures.abs().max().clamp_min(1e-8)))
+    distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
+    share = torch.softmax(-sharpness * distance, dim=2)
+    for _ in range(iterations):
+        parts = torch.split(share, 8, 2)
+        summed = torch.zeros_like(maps)
+        for part, dilation in zip(parts, dilations, strict=True):
+            summed += (_neighbours(maps, dilation) * part).sum(2)
+        maps = summed
+    return maps
+
+
+def _neighbours(maps: Tensor, dilation: int) -> Tensor:
+    """Stack the eight neighbours at a distance: ``[B, C, 8, H, W]``."""
+    height, width = maps.shape[-2:]
+    padded = F.pad(maps, (dilation,) * 4, mode="replicate")
+    offsets = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
+    views = [padded[..., y * dilation :, x * dilation :][..., :height, :width] for y, x in offsets]
+    return torch.stack(views, 2)
+
+
+def load_refiner(name: str) -> Refiner | None:
+    """Find a refiner by name.
+
+    Args:
+        name: ``"pamr"`` for :func:`pixel_adaptive_refine`, ``"none"``, or ``"package.module:function"`` for one of the
+            user's own, such as a dense CRF: a function of maps ``[B, C+1, H, W]`` in ``[0, 1]``, background in front,
+            and pictures ``[B, 3, H, W]`` uint8, that returns better maps.
+
+    Returns:
+        The function, or ``None`` for ``"none"``.
+
+    Raises:
+        ValueError: A name of another form, or one that leads to nothing that can be called.
+
+    Example:
+        >>> load_refiner("pamr") is pixel_adaptive_refine
+        True
+    """
+    if name == "none":
+        return None
+    if name == "pamr":
+        return pixel_adaptive_refine
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(
+            f"load_refiner: name must be 'pamr', 'none' or 'package.module:function', got {name!r}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"load_refiner: {name!r} cannot be imported; {error}") from error
+    if not callable(found):
+        raise ValueError(f"load_refiner: {name!r} must be callable, got {type(found).__name__}")
+    refiner: Refiner = found
+    return refiner
