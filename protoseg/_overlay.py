@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from protoseg import _checks
+from protoseg.data.voc import voc_palette
 
 # "inferno" of matplotlib at nine even steps: lightness rises evenly with the score, so equal steps look equal
 # and a viewer who sees no colours still sees the order. A straight line between them is close enough.
@@ -23,12 +24,8 @@ HEAT = (
 
 
 def palette() -> Tensor:
-    """The PASCAL VOC colours, ``[256, 3]`` uint8: bit j of channel c is bit 3 (7 - j) + c of the index."""
-    index = torch.arange(256)[:, None]
-    colours = torch.zeros(256, 3, dtype=torch.int64)
-    for bit in range(8):
-        colours |= (index >> (3 * bit + torch.arange(3)) & 1) << (7 - bit)
-    return colours.to(torch.uint8)
+    """The PASCAL VOC colours, ``[256, 3]`` uint8."""
+    return torch.tensor(voc_palette(256), dtype=torch.uint8).view(256, 3)
 
 
 def overlay(image: Tensor, layer: Tensor, *, strength: float = 0.65) -> Tensor:
@@ -64,12 +61,10 @@ def overlay(image: Tensor, layer: Tensor, *, strength: float = 0.65) -> Tensor:
     _checks.shape("overlay", "layer", layer, tuple(image.shape[1:]), "resize the layer to the image")
     _checks.unit_interval("overlay", "strength", strength)
     if layer.dtype == torch.bool or layer.is_complex():
-        raise TypeError(
-            f"overlay: layer must hold floating point scores or an integer mask, got {layer.dtype}"
-        )
+        raise TypeError(f"overlay: layer must hold floating point scores or an integer mask, got {layer.dtype}")
     picture, layer = image.detach().cpu().float(), layer.detach().cpu()
     mix = _heat if layer.is_floating_point() else _mask
-    return mix(picture, layer, strength).round().to(torch.uint8)
+    return mix(picture, layer, float(strength)).round().to(torch.uint8)
 
 
 def _heat(picture: Tensor, score: Tensor, strength: float) -> Tensor:

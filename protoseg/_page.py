@@ -95,7 +95,8 @@ pre { background: var(--page); border-radius: 8px; padding: 10px 14px; margin: 6
   main { padding: 20px 10px 32px; }
   h1 { font-size: 24px; }
   section { padding: 16px; }
-  .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .cards, .plots { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .plots.wide { grid-template-columns: 1fr; }
   .scroll { margin: 0 -16px; padding: 0 16px; }
   .pictures { min-width: calc(var(--columns) * 130px); }
 }
@@ -191,22 +192,19 @@ def finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean of y over a window around each point, a twentieth of the curve wide and shorter at its ends.
+    """Mean of y over a window around each point, a twentieth of the curve wide and half of that at its ends.
 
     The window is centred, so a falling curve is not drawn too high, as a running average would draw it.
     """
-    reach = len(points) // 40
+    reach = max(1, len(points) // 40)
     out = []
     for i, (x, _) in enumerate(points):
-        half = min(reach, i, len(points) - 1 - i)
-        window = [y for _, y in points[i - half : i + half + 1]]
+        window = [y for _, y in points[max(0, i - reach) : i + reach + 1]]
         out.append((x, sum(window) / len(window)))
     return out
 
 
-def plot(
-    lines: Sequence[Line], marks: Sequence[Mark], *, label: str, x_label: str, size: tuple[float, float]
-) -> str:
+def plot(lines: Sequence[Line], marks: Sequence[Mark], *, label: str, x_label: str, size: tuple[float, float]) -> str:
     """Curves as an ``<svg>`` element that scales with the page and uses its font.
 
     Raises:

@@ -132,9 +132,7 @@ class ConfusionMatrix:
         """
         where, classes = "ConfusionMatrix.update", self.num_classes
         _integer(where, "prediction", prediction)
-        _checks.shape(
-            where, "prediction", prediction, ("H", "W") if prediction.dim() == 2 else ("B", "H", "W")
-        )
+        _checks.shape(where, "prediction", prediction, ("H", "W") if prediction.dim() == 2 else ("B", "H", "W"))
         _mask(where, mask, prediction.shape, classes)
         if prediction.numel() and not 0 <= int(prediction.min()) <= int(prediction.max()) <= classes:
             raise ValueError(
@@ -156,8 +154,7 @@ class ConfusionMatrix:
         """Add the counts of ``other`` in place and return self; ``ValueError`` if ``num_classes`` differs."""
         if other.num_classes != self.num_classes:
             raise ValueError(
-                f"ConfusionMatrix.merge: other must have num_classes={self.num_classes}, "
-                f"got {other.num_classes}"
+                f"ConfusionMatrix.merge: other must have num_classes={self.num_classes}, got {other.num_classes}"
             )
         self.matrix += other.matrix
         return self
@@ -367,8 +364,7 @@ def _all_reduce(counts: Tensor) -> None:
 def _class_count(where: str, num_classes: int) -> int:
     if not isinstance(num_classes, int) or not 1 <= num_classes < VOID:
         raise ValueError(
-            f"{where}: num_classes, without background, must be an integer of 1 to {VOID - 1}, "
-            f"got {num_classes!r}"
+            f"{where}: num_classes, without background, must be an integer of 1 to {VOID - 1}, got {num_classes!r}"
         )
     return num_classes
 

@@ -31,7 +31,7 @@ class Picture(NamedTuple):
         id: Its name.
         image: ``[3, H, W]`` uint8.
         truth: ``[H, W]`` integer mask (0 = background, 1..C, 255 = void), or None when there is none.
-        panels: What to show beside it, by column heading: ``[H, W]`` floating point maps in 0..1 or integer masks.
+        panels: What to show beside it, by column heading: ``[H, W]`` floating point maps 0..1, integer masks.
         score: What pictures are ranked by, such as the picture's IoU, 0..1; None if unknown.
         tags: Names of the classes in the picture.
     """
@@ -67,15 +67,15 @@ def write_report(
             ``versions`` (name -> version), ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class``,
             ``miou_mask_free``, ``threshold_mask_free``), and ``pseudo_masks`` and ``segmentation`` (split ->
             ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
-        history: Curves by name, such as loss terms and learning rate, each a sequence of (step, value).
+        history: Curves by name, such as loss terms and learning rate: sequences of (step, value).
         sweeps: Split -> map -> (thresholds ``[T]``, mIoU ``[T]``), tensors or sequences, 0..1.
-        pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and up to
-            six without a score.
+        pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and
+            up to six without a score.
         classes: Names of the C foreground classes in the order of the mask values 1..C, for the legend.
         config: The run's settings by name; ``command``, if there, is shown as the line that repeats the run.
 
     Raises:
-        ImportError: There are curves but no matplotlib, or pictures but no PIL; the extra ``examples`` has both.
+        ImportError: There are curves but no matplotlib, or pictures but no PIL (the extra ``examples``).
         TypeError: A picture is not uint8, see :func:`overlay`.
         ValueError: A panel or truth does not have the size of its picture.
 
@@ -152,17 +152,15 @@ def _cards(metrics: Mapping[str, Any]) -> str:
         if known:
             best = max(known, key=lambda key: known[key])
             over = _minus(known[best], known.get("cam"))
-            note = "best map" if over is None or best == "cam" else f"{_page.difference(over)} over CAM"
-            cards.append((f"{_name(best)}, {_name(split)}", _page.percent(known[best]), note))
+            note = "" if over is None or best == "cam" else f" · {_page.difference(over)} over CAM"
+            cards.append((_name(best), _page.percent(known[best]), f"mIoU, {_name(split)}{note}"))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, key).items():
-            cards.append((f"{heading}, {_name(split)}", _page.percent(values.get("miou")), "mIoU in percent"))
+            cards.append((heading, _page.percent(values.get("miou")), f"mIoU, {_name(split)}"))
     if _page.number(metrics.get("seconds")) is not None:
         memory = _memory(metrics)
         cards.append(("Time", _page.duration(metrics["seconds"]), f"{memory} at the peak" if memory else ""))
-    html = "".join(
-        f'<div class="card"><h3>{h}</h3><b>{v}</b><small>{note}</small></div>' for h, v, note in cards
-    )
+    html = "".join(f'<div class="card"><h3>{h}</h3><b>{v}</b><small>{note}</small></div>' for h, v, note in cards)
     return f'<div class="cards">{html}</div>' if html else ""
 
 
@@ -190,9 +188,9 @@ def _results(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return (
-        "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a sweep "
-        "and flatters; one chosen without masks is what a user without masks gets, and the last column says what "
-        'that costs.</p><div class="scroll"><table class="numbers"><thead>'
+        "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a "
+        "sweep and flatters; one chosen without masks is what a user without masks gets, and the last column "
+        'says what that costs.</p><div class="scroll"><table class="numbers"><thead>'
         '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
         '<th class="n left" colspan="3">Threshold chosen without masks</th></tr>'
         '<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over CAM</th>'
@@ -237,12 +235,8 @@ def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], chosen: Mapping
                 if x is not None and y is not None:
                     marks.append(Mark(x, 100 * y, _colour(key), filled=not suffix))
         if lines:
-            svg = _page.plot(
-                lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9)
-            )
-            figures += (
-                f"<figure><figcaption>mIoU in percent, {_name(split)} pictures</figcaption>{svg}</figure>"
-            )
+            svg = _page.plot(lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9))
+            figures += f"<figure><figcaption>mIoU in percent, {_name(split)} pictures</figcaption>{svg}</figure>"
     if not figures:
         return ""
     keys = dict.fromkeys(key for maps in sweeps.values() for key in maps)
@@ -270,9 +264,7 @@ def _classes(metrics: Mapping[str, Any]) -> str:
             groups += f'<div class="class"><span>{escape(str(name))}</span><div>{bars}</div></div>'
         if groups:
             legend = _legend(_dot(_colour(key)) + _name(key) for key in tables)
-            html += (
-                f'<h3>IoU in percent, {_name(split)} pictures</h3>{legend}<div class="bars">{groups}</div>'
-            )
+            html += f'<h3>IoU in percent, {_name(split)} pictures</h3>{legend}<div class="bars">{groups}</div>'
     return html
 
 
@@ -301,8 +293,9 @@ def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
         if group:
             heads = "".join(f"<th>{_name(name)}</th>" for name in ("image", *columns))
             rows = "".join(_picture(p, columns) for p in group)
+            style = f'class="pictures" style="--columns:{len(columns) + 1}"'
             html += (
-                f'<h3>{heading}</h3><div class="scroll"><table class="pictures" style="--columns:{len(columns) + 1}">'
+                f'<h3>{heading}</h3><div class="scroll"><table {style}>'
                 f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
             )
     return html

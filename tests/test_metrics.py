@@ -220,9 +220,7 @@ class TestThresholdSweep:
             ThresholdSweep(C, bins=0)
         with pytest.raises(ValueError, match="ThresholdSweep: num_classes"):
             ThresholdSweep(0)
-        with pytest.raises(
-            ValueError, match=r"maps must have shape \(4, H, W\), got \(3, 13, 17\); background"
-        ):
+        with pytest.raises(ValueError, match=r"maps must have shape \(4, H, W\), got \(3, 13, 17\); background"):
             sweep.update(maps[:3], labels, mask)
         with pytest.raises(TypeError, match=r"maps must be floating point, got torch\.int64"):
             sweep.update(maps.long(), labels, mask)
@@ -237,14 +235,10 @@ class TestThresholdSweep:
         with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalise the maps"):
             sweep.update(maps * math.nan, labels, mask)
         with pytest.raises(ValueError, match=r"must lie between 0 and 1 .*got 1 to 2"):
-            sweep.update(
-                maps.clamp(0, 1) * 0 + torch.tensor([1.0, 2, 2, 2]).view(C, 1, 1), labels * 0 + 1, mask
-            )
+            sweep.update(maps.clamp(0, 1) * 0 + torch.tensor([1.0, 2, 2, 2]).view(C, 1, 1), labels * 0 + 1, mask)
         with pytest.raises(ValueError, match="must lie between 0 and 1"):
             sweep.update(maps - 1, labels, mask)
-        with pytest.raises(
-            ValueError, match="merge: other must have num_classes=4 and bins=20, got 4 and 10"
-        ):
+        with pytest.raises(ValueError, match="merge: other must have num_classes=4 and bins=20, got 4 and 10"):
             sweep.merge(ThresholdSweep(C, bins=10))
         assert sweep.score_histogram.sum() == 0, "a rejected picture is not counted"
         assert sweep.result().miou.isnan().all()
@@ -290,12 +284,7 @@ class TestPrototypeDiagnostics:
         out = prototype_diagnostics(prototypes, assignment)
         for index in [(0, 0), (1, 2)]:
             p, a = prototypes[index], assignment[index]
-            pairs = [
-                torch.cosine_similarity(p[i], p[j], dim=0).item()
-                for i in range(5)
-                for j in range(5)
-                if i != j
-            ]
+            pairs = [torch.cosine_similarity(p[i], p[j], dim=0).item() for i in range(5) for j in range(5) if i != j]
             usage = [a[:, k].sum().item() / a.sum().item() for k in range(5)]
             entropy = -sum(u * math.log(u) for u in usage if u > 0)
             assert out.cosine[index].item() == pytest.approx(sum(pairs) / 20, abs=1e-6)
@@ -321,9 +310,7 @@ class TestPrototypeDiagnostics:
             prototype_diagnostics(torch.ones(2, 2, dtype=torch.long))
         with pytest.raises(ValueError, match=r"prototypes must have shape \(\.\.\., K, D\), got \(3,\)"):
             prototype_diagnostics(torch.ones(3))
-        with pytest.raises(
-            ValueError, match=r"assignment must have shape \(L, 4\), got \(5, 3\); one column"
-        ):
+        with pytest.raises(ValueError, match=r"assignment must have shape \(L, 4\), got \(5, 3\); one column"):
             prototype_diagnostics(torch.eye(4), torch.ones(5, 3))
         with pytest.raises(ValueError, match="not be negative or NaN, got a minimum of -1"):
             prototype_diagnostics(torch.eye(3), -torch.ones(5, 3))

@@ -18,7 +18,7 @@ from protoseg import _checks
 from protoseg.data import Sample, UnreadableFileError
 from protoseg.data import _voc_files as files
 
-__all__ = ["VOC_CLASSES", "VOCFolder", "save_mask", "voc_palette"]
+__all__ = ["VOC_CLASSES", "VOCFolder", "load_mask", "save_mask", "voc_palette"]
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -194,6 +194,29 @@ def voc_palette(n: int = 256) -> list[int]:
         for index in range(n)
         for channel in range(3)
     ]
+
+
+def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
+    """Read a mask of class indices.
+
+    Args:
+        path: An 8-bit palette or grey PNG.
+        num_classes: ``C``; an index above it that is not 255 is an error.
+
+    Returns:
+        ``[H, W]`` uint8, 0 = background, 1..C = classes, 255 = void.
+
+    Raises:
+        UnreadableFileError: Missing, truncated, in colour, or with an index that stands for no class.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.png"
+        >>> save_mask(path, [[0, 2], [1, 255]])
+        >>> load_mask(path, num_classes=2).tolist()
+        [[0, 2], [1, 255]]
+    """
+    return torch.from_numpy(files.read_mask(Path(path), num_classes))
 
 
 def save_mask(

@@ -1,0 +1,250 @@
+"""What the trainers share: opening data, training crops, checkpoints, bookkeeping."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from protoseg.data import Sample, UnreadableFileError
+from protoseg.data.scenes import Scenes
+from protoseg.data.voc import VOCFolder
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class Pictures(Dataset[Sample]):
+    """A data set held in memory once read, less the pictures that are left out.
+
+    Args:
+        source: ``Scenes`` or ``VOCFolder``.
+        keep: Most pictures to hold; a larger data set is read again each time.
+        skip_broken: Read everything once, now, and leave out what cannot be read instead of stopping there later.
+        left_out: Ids to leave out; without reading anything.
+
+    Attributes:
+        classes: Names of the foreground classes.
+        broken: What ``skip_broken`` left out: id and reason.
+    """
+
+    def __init__(self, source: Scenes | VOCFolder, *, keep: int = 3000, skip_broken: bool = False) -> None:
+        self.source, self.classes = source, source.classes
+        self.held: dict[int, Sample] | None = {} if len(source) <= keep else None
+        self.broken: dict[str, str] = {}
+        self.indices = list(range(len(source)))
+        if skip_broken:
+            self.indices = [index for index in self.indices if self._readable(index)]
+            if not self.indices:
+                raise ValueError(f"--skip-broken: all {len(source)} pictures are broken, the first: {self.broken}")
+
+    def _readable(self, index: int) -> bool:
+        try:
+            self._read(index)
+        except UnreadableFileError as error:
+            self.broken[self.source.ids[index]] = str(error)
+            return False
+        return True
+
+    def _read(self, index: int) -> Sample:
+        if self.held is None:
+            return self.source[index]
+        if index not in self.held:
+            self.held[index] = self.source[index]
+        return self.held[index]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._read(self.indices[index])
+
+
+def open_pictures(
+    data: str, split: str, *, scenes: tuple[int, int, int], masks: str = "optional", skip_broken: bool = False
+) -> Pictures:
+    """Open made scenes or a VOC-layout folder.
+
+    Args:
+        data: ``"scenes"`` or the path of a folder.
+        split: Name of the folder's split; made scenes have ``train`` and ``val``, with no picture in common.
+        scenes: How many scenes ``train`` has, how many any other split has, and their side in pixels.
+        masks: As for ``VOCFolder``.
+        skip_broken: As for :class:`Pictures`.
+
+    Returns:
+        The pictures.
+    """
+    if data == "scenes":
+        many, few, size = scenes
+        training = split == "train"
+        return Pictures(Scenes(many if training else few, seed=0 if training else 1, size=size))
+    return Pictures(VOCFolder(data, split, masks=masks), skip_broken=skip_broken)  # type: ignore[arg-type]
+
+
+class Crops(Dataset[dict[str, Tensor]]):
+    """Random crops for training that depend on seed, epoch and picture only, so that a resumed run sees the same ones.
+
+    A crop covers a random share of the picture's area at a random aspect ratio, is resized to a square, mirrored half of
+    the time, and its brightness, contrast and saturation are changed by up to ``colour``.
+
+    Args:
+        pictures: What to crop.
+        size: Side of the square in pixels.
+        seed: Seed of the run.
+        share: Smallest and largest share of the area.
+        colour: Largest change, 0..1.
+        masks: Masks ``[H, W]`` by id to crop along, for a segmentation network; in place of tags.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        size: int,
+        *,
+        seed: int,
+        share: tuple[float, float] = (0.3, 1.0),
+        colour: float = 0.3,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.pictures, self.size, self.seed, self.share, self.colour = pictures, size, seed, share, colour
+        self.masks = masks
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.pictures[index]
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
+        draw = torch.rand(8, generator=generator).tolist()
+        height, width = sample.image.shape[-2:]
+        area = height * width * (self.share[0] + (self.share[1] - self.share[0]) * draw[0])
+        ratio = (3 / 4) ** (1 - 2 * draw[1])
+        h, w = (min(height, max(1, round((area / ratio) ** 0.5))), min(width, max(1, round((area * ratio) ** 0.5))))
+        top, left = int((height - h + 1) * draw[2]), int((width - w + 1) * draw[3])
+        window = (slice(top, top + h), slice(left, left + w))
+        image = resize(sample.image[:, window[0], window[1]], (self.size, self.size))
+        image = self._recolour(image / 255, draw[5:])
+        mirrored = draw[4] < 0.5
+        item = {"images": normalise(image.flip(-1) if mirrored else image), "labels": sample.labels}
+        if self.masks is not None:
+            mask = self.masks[sample.id][window].float()[None, None]
+            mask = F.interpolate(mask, (self.size, self.size), mode="nearest-exact")[0, 0].long()
+            item["masks"] = mask.flip(-1) if mirrored else mask
+        return item
+
+    def _recolour(self, image: Tensor, draw: Sequence[float]) -> Tensor:
+        bright, contrast, saturation = (1 + self.colour * (2 * each - 1) for each in draw)
+        image = image * bright
+        image = image.mean() + contrast * (image - image.mean())
+        grey = image.mean(0, keepdim=True)
+        return (grey + saturation * (image - grey)).clamp(0, 1)
+
+
+class Shuffle(Sampler[int]):
+    """A new order each epoch that depends on the seed and the epoch only."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize ``[3, H, W]`` uint8 to float32 in 0..255, smoothed where it shrinks."""
+    image = image.float()[None]
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image[0]
+    return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 255)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Shift and scale ``[3, H, W]`` in 0..1 by ImageNet's mean and deviation."""
+    return (image - MEAN) / STD
+
+
+def test_image(image: Tensor, side: int, multiple: int = 8) -> Tensor:
+    """Resize a picture to the area of a square, keeping its shape, and normalise it: ``[1, 3, H, W]``."""
+    scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
+    size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]
+    return normalise(resize(image, size) / 255)[None]
+
+
+def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:
+    """Factor of the base rate: a linear rise over a share of the steps, then half a cosine to 0."""
+    rise = max(1.0, warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1.0, total - rise)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write beside ``path`` that takes its place when it is complete, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON in one step; NaN becomes null, as JSON has none."""
+    with replacing(path) as file:
+        file.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint in one step, tensors and plain values only."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory this process has held: on the GPU where there is one, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
