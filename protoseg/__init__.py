@@ -1,5 +1,10 @@
 """Prototype modules for weakly supervised and open-vocabulary semantic segmentation."""
 
+from importlib.metadata import version as _version
+
+from protoseg import functional
 from protoseg.context import ContextPrototypeBank
 
-__all__ = ["ContextPrototypeBank"]
+__all__ = ["ContextPrototypeBank", "__version__", "functional"]
+
+__version__ = _version("protoseg")

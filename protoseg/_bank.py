@@ -1,7 +1,7 @@
 """The support bank's memory: writing instances into the rings and clustering the rings into contexts.
 
-The update is one custom operator, opaque to ``torch.compile``: whether a step refreshes the contexts depends on a counter
-in the state, which a traced graph cannot branch on.
+The update is one custom operator, opaque to ``torch.compile``: whether a step refreshes the contexts depends on a
+counter in the state, which a traced graph cannot branch on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protoseg import _distributed
-from protoseg.functional import kmeans, mean_of
+from protoseg.functional import kmeans, mean_of, prototype_shift
 
 
 @torch.library.custom_op(
@@ -114,7 +114,8 @@ def refresh(
         contexts: ``[R, K, D]``.
         context_valid: ``[R, K]``.
         shift: ``[R, D]``.
-        centre: ``[D]``, half way between the mean class (rows but the last) and background (the last row).
+        centre: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
+            0 while one of them has none, or where background has no row.
         sizes: Contexts of a class and, where the last row is background, of background.
     """
     # Rings fill from place 0: places that no class has reached yet need not be looked at.
@@ -123,19 +124,13 @@ def refresh(
     stored = torch.arange(filled, device=bank.device) < count.unsqueeze(-1)
     contexts.zero_()
     context_valid.zero_()
-    first = 0
-    for size, rows in zip(sizes, _rows(len(bank), sizes), strict=True):
-        part = slice(first, first := first + rows)
+    parts = (slice(None),) if len(sizes) == 1 else (slice(-1), slice(-1, None))
+    for part, size in zip(parts, sizes, strict=True):
         clusters = kmeans(points[part], stored[part], num_clusters=size)
         contexts[part, :size] = clusters.centres
         context_valid[part, :size] = clusters.valid
-    means = mean_of(points, stored)
-    present = (count > 0).to(means.dtype).unsqueeze(-1)
-    shift.copy_((mean_of(contexts, context_valid) - means) * present)
-    classes = (means[:-1] * present[:-1]).sum(0) / present[:-1].sum().clamp_min(1.0)
-    centre.copy_((classes + means[-1]) / 2 * (present[-1] * present[:-1].amax()))
-
-
-def _rows(total: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Rows of the bank that have each number of contexts: the classes and, with two numbers, one of background."""
-    return (total,) if len(sizes) == 1 else (total - 1, 1)
+    shift.copy_(prototype_shift(contexts, context_valid, points, stored))
+    if len(parts) == 2:
+        means, known = mean_of(points, stored), count > 0
+        between = (mean_of(means[:-1], known[:-1]) + means[-1]) / 2
+        centre.copy_(between * (known[:-1].any() & known[-1]))

@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 DASH = "\N{EN DASH}"
@@ -146,11 +145,13 @@ def write(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def number(value: object) -> float | None:
-    """``value`` as a float, None when it is missing, NaN, infinite or no number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+def number(value: Any) -> float | None:
+    """``value``, of any type that has a number, as a float; None when it is missing, NaN, infinite or no number."""
+    try:
+        some = float(value)
+    except (TypeError, ValueError):
+        return None
+    return some if math.isfinite(some) else None
 
 
 def percent(value: object) -> str:
@@ -187,7 +188,7 @@ def duration(value: object) -> str:
 
 def finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
     """The points (x, y) whose both numbers are finite; None, NaN and infinity leave a point out."""
-    pairs = ((number(float(x)), number(None if y is None else float(y))) for x, y in points)
+    pairs = ((number(x), number(y)) for x, y in points)
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
@@ -259,7 +260,7 @@ def data_uri(image: Tensor) -> str:
         from PIL import Image
     except ImportError as error:
         raise ImportError('write_report: pictures need pillow; pip install "protoseg[examples]"') from error
-    picture = Image.fromarray(image.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    picture = Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=88, subsampling=0)

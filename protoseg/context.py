@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from protoseg import _checks
 from protoseg._bank import refresh, update_bank
+from protoseg._numeric import unit
 from protoseg.cam import with_background
 from protoseg.functional import (
     Metric,
@@ -35,7 +36,8 @@ class ContextPrototypes(NamedTuple):
     """What :class:`ContextPrototypeBank` returns; the class axis ``C`` counts foreground only.
 
     Attributes:
-        loss: ``[]`` float32, the self-supervised loss; zero and connected to the graph where nothing is present.
+        loss: ``[]``, the self-supervised loss; zero and connected to the graph where nothing is present. float32
+            (float64 of float64 features); all other floating point tensors have the dtype of the features.
         pacam: ``[B, C+1, H, W]`` in ``[0, 1]``, the prototype-aware map, background in front; absent classes are 0.
         cam: ``[B, C+1, H, W]`` in ``[0, 1]``, the normalised CAM that ``pacam`` was compared with.
         instances: ``[B, C, D]`` instance prototypes; 0 where not valid.
@@ -57,10 +59,12 @@ class ContextPrototypes(NamedTuple):
 
 
 class _State(NamedTuple):
-    contexts: Tensor
-    exists: Tensor
-    shift: Tensor
-    centre: Tensor
+    """The state before the update, which changes it in place while the backward pass still needs it."""
+
+    contexts: Tensor  # [R, K, D], around origin
+    exists: Tensor  # [R, K] bool
+    shift: Tensor  # [R, D]
+    origin: Tensor  # [D], what centring subtracts
 
 
 class ContextPrototypeBank(nn.Module):
@@ -68,50 +72,64 @@ class ContextPrototypeBank(nn.Module):
 
     For each present class :math:`n` of an image with features :math:`F` and max-normalised CAM :math:`M`:
 
-    1. Instance prototype: :math:`P_n` = mean of :math:`F(j)` over the pixels with :math:`M_n(j) > \tau`.
+    1. Instance prototype: :math:`P_n` = mean of :math:`F(j)` over the pixels with :math:`M_n(j) > \tau`; a class
+       without such a pixel is not valid. Background's is the mean over the pixels where no present class reaches
+       ``background_threshold``.
     2. Support bank: per class a ring with the last ``capacity`` instances of all ranks, clustered by k-means into
-       ``num_contexts`` context prototypes :math:`p_i` every ``refresh_every`` steps.
-    3. Alignment: :math:`P_n + \delta_n` with :math:`\delta_n = \bar p - \bar P_n` (section 3.3).
-    4. Positiveness: :math:`w_i = \mathrm{softmax}_i(\mathrm{sim}(P_n + \delta_n, p_i) / T)`, of which the ``top_k`` stay.
-    5. PACAM: :math:`s_n(j) = \sum_i w_i \cos(F(j), p_i) / \sum_i w_i`, and from it :math:`\tilde M_n`, see ``background``.
-    6. Loss: :math:`L_{self} = \frac{1}{N + 1} \|M - \tilde M\|_1` over the image's :math:`N` valid classes and
-       background, as a mean over pixels and images (section 3.4).
+       ``num_contexts`` context prototypes :math:`p_i` every ``refresh_every`` steps. With ``background="contexts"``
+       background has a ring too, for images all of whose present classes are valid.
+    3. Centring: the point of ``centre`` is subtracted from :math:`F`, :math:`p_i` and :math:`P_n` in what follows.
+    4. Alignment: :math:`a_n = P_n + \delta_n` with :math:`\delta_n = \bar p - \bar P_n` (section 3.3).
+    5. Positiveness: :math:`w_i = \mathrm{softmax}_i(\mathrm{sim}(a_n, p_i) / T z)`, of which the ``top_k`` stay;
+       :math:`z` is :func:`protoseg.functional.metric_scale` of all contexts, which frees :math:`T` of their scale.
+    6. Score: :math:`s_n(j) = \sum_i w_i \cos(F(j), p_i) / \sum_i w_i`. A class without contexts has
+       :math:`\cos(F(j), P_n)`; for background without an instance all its contexts weigh the same.
+    7. PACAM: :math:`\tilde M_n` from :math:`s_n`, see ``background``.
+    8. Loss: :math:`L_{self} = \frac{1}{N + 1} \|M - \tilde M\|_1` over the image's :math:`N` valid classes and
+       background, as a mean over pixels and images (section 3.4); an image without a valid class adds 0.
 
-    There is no published code. Not in the paper, or not stated there: :math:`\tau`, the number of contexts, ``top_k``, the
-    temperature, the clustering, the schedule, the detaching and all of ``background="contexts"``. The defaults of these
-    were chosen by measurement on the train and val pictures of MSRC and on made scenes (``benchmarks/results``); only
-    ``capacity`` (1000; the paper does not say whether in all or per class) and ``metric`` come from the paper, which also
-    projects the features first: pass projected features to do so.
+    There is no published code. Not in the paper, or not stated there: :math:`\tau`, the number of contexts, ``top_k``,
+    the temperature and :math:`z`, the clustering, the schedule, the detaching and all of ``background="contexts"``.
+    The defaults of these were chosen by measurement on the train and val pictures of MSRC and on made scenes
+    (``benchmarks/results``); only ``capacity`` (1000; the paper does not say whether in all or per class) and
+    ``metric`` come from the paper, which also projects the features first: pass projected features to do so.
 
-    In ``train()`` a call first computes from the state that was and then stores this batch's instances; in ``eval()`` it
-    changes nothing. All state is in buffers. Under DDP every rank writes the same state, so
-    ``DistributedDataParallel(..., broadcast_buffers=False)`` saves sending it.
+    In ``train()`` a call first computes from the state that was and then stores this batch's instances; in ``eval()``
+    it changes nothing. All state is in buffers. Under DDP every rank must pass as many images as the others; each
+    writes the same state, so ``DistributedDataParallel(..., broadcast_buffers=False)`` saves sending it.
 
     Args:
         num_classes: ``C``, foreground classes.
         dim: ``D``, channels of the features.
-        capacity: Instances kept per class, at least ``num_contexts``.
-        num_contexts: ``K``, context prototypes per class and for background. Few (1 to 5) suit 10 to 30 pictures a class.
+        capacity: Instances kept per class, at least the number of contexts made of them.
+        num_contexts: Context prototypes per class. Few (1 to 5) suit 10 to 30 pictures a class.
+        background_contexts: Contexts of background.
         top_k: Contexts that make the map, 1 to ``num_contexts``; where fewer exist, all of them.
         cam_threshold: :math:`\tau` in ``[0, 1)`` on the max-normalised CAM.
-        background_threshold: Pixels where every present class's normalised CAM is below it, in ``(0, 1]``, are background.
+        background_threshold: Pixels where every present class's normalised CAM is below it, in ``(0, 1]``, are
+            background.
         metric: Similarity for the positiveness: ``"dot"``, ``"cosine"``, ``"l1"`` or ``"l2"``.
-        temperature: :math:`T` above 0.
-        shift: Align instances with contexts (step 3).
+        temperature: :math:`T` above 0, in units of :math:`z`.
+        shift: Align instances with contexts (step 4).
         background: What a class's score is judged against, on the scale of :func:`protoseg.functional.judge`:
             ``"contexts"``: the score of background, a class with a bank of its own; ``"image"``: the cosine with the
             image's own background prototype; ``"one_minus_max"``: nothing, :math:`\tilde M_n` is
             :math:`\mathrm{ReLU}(s_n)` divided by its maximum, as the CAM is. The background channel is
             :math:`1 - \max_n \tilde M_n` in each case.
+        centre: Subtract the point half way between the mean class instance and the mean background instance from
+            features, contexts and instances before cosines and dot products: ReLU features share a large common part
+            that makes all cosines alike. Not in the paper. Only with ``background="contexts"``.
         sharpness: :math:`\kappa` of :func:`protoseg.functional.judge`, above 0.
         refresh_every: Steps between two clusterings, the first of which is in the first step.
-        detach: Where the loss sends no gradient: ``"pacam"`` (it is a target for the CAM), ``"cam"`` or ``"none"``.
+        detach: Where the loss sends no gradient: ``"pacam"`` (it is a target for the CAM, and ``features`` get no
+            gradient), ``"cam"`` or ``"none"``.
         check_values: Whether to look for NaN, infinity and labels other than 0 and 1, which waits for the device. By
             default on the CPU only. Never while compiling. Instances that are not finite are never stored.
+        device: Where the state lives.
 
     Shape:
         - features: ``[B, D, H, W]``
-        - cam: ``[B, C, h, w]`` raw scores; resized to ``H W``
+        - cam: ``[B, C, h, w]`` raw scores; resized to ``H W``, bilinearly
         - labels: ``[B, C]`` multi-hot, any dtype
         - output: :class:`ContextPrototypes`
 
@@ -122,11 +140,11 @@ class ContextPrototypeBank(nn.Module):
 
     Example:
         >>> bank = ContextPrototypeBank(num_classes=3, dim=8, capacity=16, num_contexts=2, top_k=1)
-        >>> features, cam = torch.rand(4, 8, 6, 6, requires_grad=True), torch.rand(4, 3, 6, 6, requires_grad=True)
+        >>> features, cam = torch.rand(4, 8, 16, 16), torch.rand(4, 3, 16, 16, requires_grad=True)
         >>> out = bank(features, cam, torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 0]]))
         >>> out.loss.backward()
         >>> out.pacam.shape, bank.count.tolist()
-        (torch.Size([4, 4, 6, 6]), [1, 2, 1, 3])
+        (torch.Size([4, 4, 16, 16]), [1, 2, 1, 3])
     """
 
     bank: Tensor
@@ -162,18 +180,20 @@ class ContextPrototypeBank(nn.Module):
     ) -> None:
         super().__init__()
         me = type(self).__name__
-        for name, size in (
-            ("num_classes", num_classes),
-            ("dim", dim),
-            ("num_contexts", num_contexts),
-            ("background_contexts", background_contexts),
-        ):
-            _checks.positive(me, name, size)
-        _checks.positive(me, "refresh_every", refresh_every)
-        _checks.positive(me, "temperature", temperature)
-        _checks.positive(me, "sharpness", sharpness)
-        _checks.unit_interval(me, "cam_threshold", cam_threshold)
-        _checks.unit_interval(me, "background_threshold", background_threshold)
+        for name, value in {
+            "num_classes": num_classes,
+            "dim": dim,
+            "num_contexts": num_contexts,
+            "background_contexts": background_contexts,
+            "temperature": temperature,
+            "sharpness": sharpness,
+            "refresh_every": refresh_every,
+        }.items():
+            _checks.positive(me, name, value)
+        if not 0 <= cam_threshold < 1:
+            raise ValueError(f"{me}: cam_threshold must be at least 0 and below 1, got {cam_threshold}")
+        if not 0 < background_threshold <= 1:
+            raise ValueError(f"{me}: background_threshold must be above 0 and at most 1, got {background_threshold}")
         _checks.choice(me, "metric", metric, get_args(Metric))
         _checks.choice(me, "background", background, get_args(Background))
         _checks.choice(me, "detach", detach, get_args(Detach))
@@ -182,10 +202,11 @@ class ContextPrototypeBank(nn.Module):
                 f"{me}: top_k must lie between 1 and num_contexts={num_contexts}, got {top_k}; "
                 "lower top_k or raise num_contexts"
             )
-        if capacity < num_contexts:
+        self._sizes = [num_contexts, background_contexts] if background == "contexts" else [num_contexts]
+        if capacity < max(self._sizes):
             raise ValueError(
-                f"{me}: capacity must be at least num_contexts={num_contexts}, got {capacity}; "
-                "a ring cannot be clustered into more contexts than it holds instances"
+                f"{me}: capacity must be at least {max(self._sizes)}, the contexts that are made of a ring, "
+                f"got {capacity}; raise it, or lower num_contexts or background_contexts"
             )
         self.num_classes, self.dim, self.capacity = num_classes, dim, capacity
         self.num_contexts, self.background_contexts, self.top_k = num_contexts, background_contexts, top_k
@@ -198,15 +219,12 @@ class ContextPrototypeBank(nn.Module):
         self.detach: Detach = detach
         self.check_values = check_values
         # Background has the last row, so that the others are numbered as the labels are.
-        rows = num_classes + (background == "contexts")
-        self._sizes = [num_contexts, background_contexts] if background == "contexts" else [num_contexts]
+        rows, most = num_classes + (background == "contexts"), max(self._sizes)
         self.register_buffer("bank", torch.zeros(rows, capacity, dim, device=device))
         self.register_buffer("pointer", torch.zeros(rows, dtype=torch.long, device=device))
         self.register_buffer("count", torch.zeros(rows, dtype=torch.long, device=device))
-        self.register_buffer("contexts", torch.zeros(rows, max(self._sizes), dim, device=device))
-        self.register_buffer(
-            "context_valid", torch.zeros(rows, max(self._sizes), dtype=torch.bool, device=device)
-        )
+        self.register_buffer("contexts", torch.zeros(rows, most, dim, device=device))
+        self.register_buffer("context_valid", torch.zeros(rows, most, dtype=torch.bool, device=device))
         self.register_buffer("shift", torch.zeros(rows, dim, device=device))
         self.register_buffer("centre", torch.zeros(dim, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
@@ -219,29 +237,28 @@ class ContextPrototypeBank(nn.Module):
 
     def _forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
         dtype, present, classes = features.dtype, labels.bool(), self.num_classes
-        features, cam = full_precision(features), full_precision(cam).to(full_precision(features).dtype)
+        features = full_precision(features)
+        cam = cam.to(features.dtype)
         if cam.shape[-2:] != features.shape[-2:]:
             cam = F.interpolate(cam, features.shape[-2:], mode="bilinear", align_corners=False)
         cam = max_normalize(cam) * present[:, :, None, None]
 
         empty = cam.amax(1, keepdim=True) < self.background_threshold
         instances, valid = masked_average(features, torch.cat([cam > self.cam_threshold, empty], 1))
-        valid = valid & torch.cat([present, present.any(1, keepdim=True)], 1)
-        instances = instances * valid.unsqueeze(-1)
+        valid = valid & present.any(1, keepdim=True)
         state = self._snapshot(features.dtype)
-        origin = state.centre if self.centred else torch.zeros_like(state.centre)
-        directions, weights, selected = self._directions(
-            instances - origin, valid, state, state.contexts - origin
-        )
-        # Without contexts and without a pixel of its own a class has no direction; its map and its loss are 0.
-        scores = cosine_map(features - origin[:, None, None], directions)
-        shown = valid[:, :classes] & (directions[:, :classes].detach().abs().sum(-1) > 0)
+        directions, weights, selected = self._directions(instances, valid, state)
+        scores = cosine_map(features - state.origin[:, None, None], directions)
+        # Features that are all zero have no direction: map and loss of such a class are 0.
+        shown = valid[:, :classes] & (directions[:, :classes].detach() != 0).any(-1)
         pacam = self._pacam(scores) * shown[:, :, None, None]
 
         cam, pacam = with_background(cam), with_background(pacam)
         loss = self._loss(cam, pacam, shown)
         if self.training:
-            self._update(instances.detach(), valid)
+            # Around a class whose CAM shows nothing, what looks like background holds the object.
+            located = (valid[:, :classes] == present).all(1, keepdim=True)
+            self._update(instances.detach(), torch.cat([valid[:, :classes], valid[:, classes:] & located], 1))
         return ContextPrototypes(
             loss=loss,
             pacam=pacam.to(dtype),
@@ -254,37 +271,33 @@ class ContextPrototypeBank(nn.Module):
         )
 
     def _snapshot(self, dtype: torch.dtype) -> _State:
-        """Copy what the backward pass needs as it was before the update."""
-        return _State(
-            self.contexts.to(dtype, copy=True),
-            self.context_valid.clone(),
-            self.shift.to(dtype, copy=True),
-            self.centre.to(dtype, copy=True),
-        )
+        origin = self.centre.to(dtype) * self.centred
+        contexts = self.contexts.to(dtype) - origin
+        return _State(contexts, self.context_valid.clone(), self.shift.to(dtype, copy=True), origin)
 
-    def _directions(
-        self, instances: Tensor, valid: Tensor, state: _State, contexts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weigh the contexts of every row for every image: directions ``[B, C+1, D]``, weights and indices."""
-        instances, exists = instances * valid.unsqueeze(-1), state.exists
-        own = F.normalize(instances, dim=-1)
-        anchors = instances[:, : len(contexts)]
-        if self.align:
-            anchors = anchors + state.shift
-        scores = similarity(anchors.transpose(0, 1), contexts, self.metric).transpose(0, 1)
-        share = positiveness(scores, exists, self.temperature * metric_scale(contexts, exists, self.metric))
+    def _directions(self, instances: Tensor, valid: Tensor, state: _State) -> tuple[Tensor, Tensor, Tensor]:
+        """Weigh the contexts of every row for every image.
+
+        Returns:
+            Directions ``[B, C+1, D]``; positiveness and indices of the selected contexts, ``[B, R, k]``, where ``R`` is
+            ``C``, or ``C+1`` where background has contexts.
+        """
+        rows = len(state.contexts)
+        instances = (instances - state.origin) * valid.unsqueeze(-1)
+        anchors = instances[:, :rows] + state.shift if self.align else instances[:, :rows]
+        scores = similarity(anchors.transpose(0, 1), state.contexts, self.metric).transpose(0, 1)
+        scale = metric_scale(state.contexts, state.exists, self.metric)
+        share = positiveness(scores, state.exists, self.temperature * scale)
         weights, selected = select_top_k(share, self.top_k)
         kept = torch.zeros_like(share).scatter(-1, selected, weights)
-        known = exists.any(-1)
-        directions = torch.where(known.unsqueeze(-1), mean_direction(contexts, kept), own[:, : len(contexts)])
-        directions = torch.cat([directions, own[:, len(contexts) :]], 1)
+        seen, known = valid[:, :rows, None], state.exists.any(-1, keepdim=True)
+        nearest = mean_direction(state.contexts, torch.where(seen, kept, state.exists))
+        own = unit(instances)
+        directions = torch.cat([torch.where(known, nearest, own[:, :rows]), own[:, rows:]], 1)
 
         first = torch.arange(self.top_k, device=weights.device) == 0
-        itself = (valid[:, : len(contexts), None] & first).to(weights.dtype)
-        weights = torch.where(known.unsqueeze(-1), weights, itself)
-        selected = selected.masked_fill((weights == 0) | ~known.unsqueeze(-1), -1)
-        seen = valid[:, : len(contexts), None]
-        return directions, weights * seen, selected.masked_fill(~seen, -1)
+        weights = torch.where(known, weights, first) * seen
+        return directions, weights, selected.masked_fill((weights == 0) | ~known, -1)
 
     def _pacam(self, scores: Tensor) -> Tensor:
         foreground, background = torch.split(scores, [self.num_classes, 1], 1)
@@ -304,10 +317,10 @@ class ContextPrototypeBank(nn.Module):
     @torch.no_grad()
     def _update(self, instances: Tensor, valid: Tensor) -> None:
         rows = len(self.bank)
-        stored = valid[:, :rows] & instances[:, :rows].isfinite().all(-1)
+        instances = instances[:, :rows].to(self.bank.dtype)
         update_bank(
-            instances[:, :rows].to(self.bank.dtype),
-            stored,
+            instances,
+            valid[:, :rows] & instances.isfinite().all(-1),
             self.bank,
             self.pointer,
             self.count,
@@ -322,9 +335,7 @@ class ContextPrototypeBank(nn.Module):
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(
-            self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes
-        )
+        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes)
 
     def reset_parameters(self) -> None:
         """Empty the bank and forget the contexts."""
@@ -335,29 +346,18 @@ class ContextPrototypeBank(nn.Module):
         """Sizes and modes, as in the constructor."""
         return (
             f"num_classes={self.num_classes}, dim={self.dim}, capacity={self.capacity}, "
-            f"num_contexts={self.num_contexts}, top_k={self.top_k}, metric={self.metric!r}, background={self.background!r}"
+            f"num_contexts={self.num_contexts}, background_contexts={self.background_contexts}, top_k={self.top_k}, "
+            f"metric={self.metric!r}, background={self.background!r}"
         )
 
     def _check(self, features: Tensor, cam: Tensor, labels: Tensor) -> None:
-        me = type(self).__name__
-        _checks.shape(
-            me,
-            "features",
-            features,
-            ("B", self.dim, "H", "W"),
-            f"construct the bank with dim={_axis(features, 1)}",
-        )
-        batch, classes = features.shape[0], self.num_classes
-        _checks.shape(
-            me,
-            "cam",
-            cam,
-            (batch, classes, "h", "w"),
-            "pass the foreground classes only, one map for each picture",
-        )
-        _checks.shape(
-            me, "labels", labels, (batch, classes), "pass the multi-hot labels of the foreground classes"
-        )
+        me, classes = type(self).__name__, self.num_classes
+        remedy = "construct the bank with dim = the channels of the features"
+        _checks.shape(me, "features", features, ("B", self.dim, "H", "W"), remedy)
+        remedy = "pass the foreground classes only, one map for each picture"
+        _checks.shape(me, "cam", cam, (len(features), classes, "h", "w"), remedy)
+        remedy = "pass the multi-hot labels of the foreground classes"
+        _checks.shape(me, "labels", labels, (len(features), classes), remedy)
         _checks.floating(me, "features", features)
         _checks.floating(me, "cam", cam)
         _checks.not_empty(me, "features", features)
@@ -369,17 +369,12 @@ class ContextPrototypeBank(nn.Module):
             _checks.multi_hot(me, "labels", labels)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, mine in (("bank", self.bank), ("contexts", self.contexts)):
-            theirs = state_dict.get(prefix + name)
+        for name, axis in (("bank", "capacity"), ("contexts", "most contexts")):
+            theirs, mine = state_dict.get(prefix + name), getattr(self, name)
             if theirs is not None and theirs.shape != mine.shape:
-                rows = "classes (and background)"
                 raise RuntimeError(
                     f"{type(self).__name__}: the state_dict's {name} is {tuple(theirs.shape)} and this module's is "
-                    f"{tuple(mine.shape)}, as [{rows}, {'capacity' if name == 'bank' else 'num_contexts'}, dim]; "
-                    "construct the module with the sizes that the checkpoint was made with"
+                    f"{tuple(mine.shape)}, as (classes and background, {axis}, dim); construct the module with the "
+                    "sizes and the background that the checkpoint was made with"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _axis(value: object, axis: int) -> object:
-    return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else "D"

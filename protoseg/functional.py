@@ -7,13 +7,14 @@ the modules cast back.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg import _checks
+from protoseg._kmeans import Clusters, kmeans
+from protoseg._numeric import full_precision, mean_of, unit
 
 __all__ = [
     "Clusters",
@@ -36,11 +37,6 @@ __all__ = [
 
 Metric = Literal["dot", "cosine", "l1", "l2"]
 _EPS = 1e-8
-
-
-def full_precision(value: Tensor) -> Tensor:
-    """Return ``value`` in float32, or unchanged where it already is float32 or float64."""
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 def max_normalize(cam: Tensor) -> Tensor:
@@ -120,14 +116,15 @@ def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> T
             distance: Tensor = torch.cdist(anchors, prototypes, p=power, compute_mode=mode)
             return -distance
         if metric == "cosine":
-            anchors, prototypes = F.normalize(anchors, dim=-1), F.normalize(prototypes, dim=-1)
+            anchors, prototypes = unit(anchors), unit(prototypes)
         return anchors @ prototypes.transpose(-2, -1)
 
 
 def metric_scale(prototypes: Tensor, valid: Tensor, metric: Metric = "dot") -> Tensor:
     r"""Size of a metric's values among prototypes, so that one temperature suits every metric and every network.
 
-    The mean of :math:`\|p\|^2` for ``dot``, of :math:`\|p\|_1` for ``l1``, of :math:`\|p\|_2` for ``l2``; 1 for ``cosine``.
+    The mean of :math:`\|p\|^2` for ``dot``, of :math:`\|p\|_1` for ``l1``, of :math:`\|p\|_2` for ``l2``; 1 for
+    ``cosine``. Not in the paper.
 
     Args:
         prototypes: ``[..., K, D]``.
@@ -136,11 +133,15 @@ def metric_scale(prototypes: Tensor, valid: Tensor, metric: Metric = "dot") -> T
 
     Returns:
         ``[]``, above 0.
+
+    Raises:
+        ValueError: Unknown metric.
     """
+    _checks.choice("metric_scale", "metric", metric, get_args(Metric))
     if metric == "cosine":
         return prototypes.new_ones(())
     order = 1 if metric == "l1" else 2
-    sizes = torch.linalg.vector_norm(full_precision(prototypes), ord=order, dim=-1)
+    sizes: Tensor = torch.linalg.vector_norm(full_precision(prototypes), ord=order, dim=-1)
     if metric == "dot":
         sizes = sizes.square()
     return ((sizes * valid).sum() / valid.sum().clamp_min(1)).clamp_min(_EPS)
@@ -202,12 +203,12 @@ def mean_direction(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
         ``[..., D]`` of length at most 1; 0 where all weights are 0.
     """
     with torch.autocast(prototypes.device.type, enabled=False):
-        unit = F.normalize(full_precision(prototypes), dim=-1)
+        prototypes = unit(full_precision(prototypes))
         if weights is None:
-            return unit.mean(-2)
+            return prototypes.mean(-2)
         weights = full_precision(weights)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(_EPS)
-        return torch.einsum("...k,...kd->...d", weights, unit)
+        return torch.einsum("...k,...kd->...d", weights, prototypes)
 
 
 def cosine_map(features: Tensor, directions: Tensor) -> Tensor:
@@ -221,8 +222,8 @@ def cosine_map(features: Tensor, directions: Tensor) -> Tensor:
         ``[B, N, H, W]`` in ``[-1, 1]``.
     """
     with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(full_precision(features), dim=1)
-        return (full_precision(directions) @ unit.flatten(2)).reshape(len(features), -1, *features.shape[-2:])
+        features = unit(full_precision(features), dim=1)
+        return (full_precision(directions) @ features.flatten(2)).reshape(len(features), -1, *features.shape[-2:])
 
 
 def prototype_cam(features: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -264,134 +265,10 @@ def prototype_shift(contexts: Tensor, valid: Tensor, instances: Tensor, stored: 
         ``[C, D]``; 0 for a class without contexts or without instances.
     """
     both = (valid.any(-1) & stored.any(-1)).unsqueeze(-1)
-    mean_context = mean_of(contexts, valid)
-    return (mean_context - mean_of(instances, stored)) * both
+    return (mean_of(contexts, valid) - mean_of(instances, stored)) * both
 
 
-def mean_of(points: Tensor, valid: Tensor) -> Tensor:
-    """Average the valid points.
-
-    Args:
-        points: ``[..., N, D]``.
-        valid: ``[..., N]`` bool.
-
-    Returns:
-        ``[..., D]``; 0 where nothing is valid.
-    """
-    weights = valid.to(points.dtype)
-    return (weights.unsqueeze(-2) @ points).squeeze(-2) / weights.sum(-1, keepdim=True).clamp_min(1.0)
-
-
-class Clusters(NamedTuple):
-    """What :func:`kmeans` finds.
-
-    Attributes:
-        centres: ``[C, K, D]``; 0 where a cluster is empty.
-        valid: ``[C, K]`` bool, the clusters that have a member.
-        assignment: ``[C, N]`` int64, the cluster of each point (0 for a point that is not valid).
-        inertia: ``[C]``, the sum of squared distances of the valid points to their centres.
-    """
-
-    centres: Tensor
-    valid: Tensor
-    assignment: Tensor
-    inertia: Tensor
-
-
-@torch.no_grad()
-def kmeans(
-    points: Tensor, valid: Tensor | None = None, *, num_clusters: int, iterations: int = 10
-) -> Clusters:
-    r"""Cluster each class's points at once: seeding by squared distance, then Lloyd's rounds.
-
-    A round is one batched matrix product for the distances,
-    :math:`\|x-m\|^2 = \|x\|^2 - 2\langle x, m\rangle + \|m\|^2`, and one for the new centres; there is no loop over
-    classes. Seeding is greedy k-means++ (Arthur and Vassilvitskii, 2007) whose draws are a fixed low-discrepancy
-    sequence instead of random numbers, so that every rank and every resumed run finds the same clusters.
-
-    Args:
-        points: ``[C, N, D]``.
-        valid: ``[C, N]`` bool, the points that count; all where not given.
-        num_clusters: ``K``, at least 1. A class with fewer distinct points gets fewer clusters.
-        iterations: Rounds after seeding, at least 0.
-
-    Returns:
-        :class:`Clusters`.
-
-    Raises:
-        ValueError: Wrong rank or ``num_clusters`` below 1.
-
-    Example:
-        >>> points = torch.tensor([[[0.0], [0.2], [5.0], [5.2]]])
-        >>> kmeans(points, num_clusters=2).centres.flatten().sort().values
-        tensor([0.1000, 5.1000])
-    """
-    _checks.shape("kmeans", "points", points, ("C", "N", "D"))
-    if num_clusters < 1 or iterations < 0:
-        raise ValueError(
-            f"kmeans: num_clusters must be at least 1 and iterations at least 0, got {num_clusters} and {iterations}"
-        )
-    classes, n, _ = points.shape
-    if valid is None:
-        valid = points.new_ones(classes, n, dtype=torch.bool)
-    _checks.shape("kmeans", "valid", valid, (classes, n))
-    with torch.autocast(points.device.type, enabled=False):
-        weights = valid.to(full_precision(points).dtype)
-        # Distances cancel badly far from the origin: work around each class's own mean.
-        mean = mean_of(full_precision(points), valid).unsqueeze(1)
-        centred = (full_precision(points) - mean) * weights.unsqueeze(-1)
-        norms = centred.square().sum(-1)
-        centres = _seed(centred, norms, weights, num_clusters)
-        for _ in range(iterations):
-            members = _members(centred, centres, weights)
-            sizes = members.sum(1)
-            moved = members.transpose(1, 2) @ centred / sizes.clamp_min(1.0).unsqueeze(-1)
-            centres = torch.where(sizes.unsqueeze(-1) > 0, moved, centres)
-        distances = _distances(centred, centres)
-        assignment = distances.argmin(-1) * valid
-        members = F.one_hot(assignment, num_clusters).to(weights.dtype) * weights.unsqueeze(-1)
-        filled = members.sum(1) > 0
-        nearest = (distances.gather(-1, assignment.unsqueeze(-1)).squeeze(-1) + norms).clamp_min(0.0)
-        centres = (centres + mean) * filled.unsqueeze(-1)
-        return Clusters(centres, filled, assignment, (nearest * weights).sum(-1))
-
-
-def _distances(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances less the points' own squared norms, which do not change the nearest: ``[C, N, K]``."""
-    return torch.baddbmm(centres.square().sum(-1).unsqueeze(1), points, centres.transpose(1, 2), alpha=-2.0)
-
-
-def _members(points: Tensor, centres: Tensor, weights: Tensor) -> Tensor:
-    nearest = _distances(points, centres).argmin(-1)
-    return F.one_hot(nearest, centres.shape[1]).to(points.dtype) * weights.unsqueeze(-1)
-
-
-def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
-    """Greedy k-means++: of several candidates, drawn by squared distance, take the one that lowers the sum most."""
-    candidates = 2 + int(num_clusters).bit_length()
-    rows = torch.arange(len(points), device=points.device).unsqueeze(-1)
-    # The first draw is by distance from the mean, later ones by distance from the nearest centre so far.
-    nearest = norms * weights
-    centres = points.new_zeros(len(points), num_clusters, points.shape[-1])
-    for k in range(num_clusters):
-        cumulative = nearest.cumsum(-1)
-        steps = torch.arange(candidates, device=points.device, dtype=points.dtype)
-        draws = (0.5 + 0.6180339887 * (k * candidates + steps)) % 1.0
-        target = draws * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target.contiguous(), right=True).clamp_max(points.shape[1] - 1)
-        trial = points[rows, drawn]
-        trial_norms = norms[rows, drawn].unsqueeze(1)
-        distance = torch.baddbmm(norms.unsqueeze(-1) + trial_norms, points, trial.transpose(1, 2), alpha=-2.0)
-        distance = distance.clamp_min(0.0) * weights.unsqueeze(-1)
-        if k:
-            distance = torch.minimum(distance, nearest.unsqueeze(-1))
-        best = distance.sum(1).argmin(-1, keepdim=True)
-        centres[:, k] = trial[rows, best].squeeze(1)
-        nearest = distance.gather(-1, best.unsqueeze(1).expand(-1, points.shape[1], -1)).squeeze(-1)
-    return centres
-
-
-def judge(foreground: Tensor, background: Tensor, sharpness: float = 3.0) -> Tensor:
+def judge(foreground: Tensor, background: Tensor, sharpness: float = 1.0) -> Tensor:
     r"""Judge a foreground score against the background's, on a scale where 1/2 is undecided.
 
     .. math:: \tilde M_c(j) = \mathrm{clamp}\bigl(\kappa\,(s_c(j) - s_0(j)) + \tfrac12,\ 0,\ 1\bigr)
@@ -406,4 +283,4 @@ def judge(foreground: Tensor, background: Tensor, sharpness: float = 3.0) -> Ten
     Returns:
         ``[B, C, H, W]`` in ``[0, 1]``.
     """
-    return (sharpness * (foreground - background) + 0.5).clamp(0.0, 1.0)
+    return (sharpness * (full_precision(foreground) - full_precision(background)) + 0.5).clamp(0.0, 1.0)

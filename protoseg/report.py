@@ -91,7 +91,7 @@ def write_report(
     sections = (
         ("results", "Results", _results(metrics)),
         ("training", "Training", _curves(history or {})),
-        ("thresholds", "Thresholds", _sweeps(sweeps or {}, _part(metrics, "maps"))),
+        ("thresholds", "Thresholds", _sweeps(sweeps or {}, _maps(metrics))),
         ("classes", "Classes", _classes(metrics)),
         ("pictures", "Pictures", _pictures(pictures, classes)),
         ("run", "Run", _run(metrics, config)),
@@ -127,6 +127,12 @@ def _part(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {split: values for split, values in (metrics.get(key) or {}).items() if values}
 
 
+def _maps(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        split: {key: value for key, value in maps.items() if value} for split, maps in _part(metrics, "maps").items()
+    }
+
+
 def _minus(a: object, b: object) -> float | None:
     x, y = _page.number(a), _page.number(b)
     return None if x is None or y is None else x - y
@@ -147,12 +153,12 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
 def _cards(metrics: Mapping[str, Any]) -> str:
     """The few numbers that a reader wants first."""
     cards = []
-    for split, maps in _part(metrics, "maps").items():
+    for split, maps in _maps(metrics).items():
         known = {key: miou for key in maps if (miou := _page.number(maps[key].get("miou"))) is not None}
         if known:
             best = max(known, key=lambda key: known[key])
             over = _minus(known[best], known.get("cam"))
-            note = "" if over is None or best == "cam" else f" · {_page.difference(over)} over CAM"
+            note = "" if over is None or best == "cam" else f"<br>{_page.difference(over)} over CAM"
             cards.append((_name(best), _page.percent(known[best]), f"mIoU, {_name(split)}{note}"))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, key).items():
@@ -166,7 +172,7 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 
 def _results(metrics: Mapping[str, Any]) -> str:
     rows = []
-    for split, maps in _part(metrics, "maps").items():
+    for split, maps in _maps(metrics).items():
         scores = [_page.number(value.get("miou")) for value in maps.values()]
         top = max((score for score in scores if score is not None), default=None)
         for i, (key, value) in enumerate(maps.items()):
@@ -210,6 +216,7 @@ def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     figures, noisy = "", False
     for name, curve in history.items():
         points = _page.finite(curve)
+        points = points[:: 1 + len(points) // 2000]  # more could not be told apart, and would swell the file
         if points:
             lines = [Line(points, _COLOURS["pacam"])]
             if len(points) > 60:
@@ -217,7 +224,7 @@ def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
                 lines = [Line(points, _COLOURS["pacam"], True), Line(_page.smooth(points), _COLOURS["pacam"])]
             svg = _page.plot(lines, (), label=name, x_label="step", size=(3.2, 2.1))
             figures += f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>"
-    note = "<p>Pale: every logged value. Full: their moving average.</p>" if noisy else ""
+    note = "<p>Pale: logged values. Full: their moving average.</p>" if noisy else ""
     return f'{note}<div class="plots">{figures}</div>' if figures else ""
 
 
@@ -251,7 +258,7 @@ def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], chosen: Mapping
 def _classes(metrics: Mapping[str, Any]) -> str:
     """A group of bars for each class, a bar for each map."""
     splits: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for split, maps in _part(metrics, "maps").items():
+    for split, maps in _maps(metrics).items():
         splits[split] = {key: value["per_class"] for key, value in maps.items() if value.get("per_class")}
     for split, value in _part(metrics, "segmentation").items():
         if value.get("per_class"):

@@ -163,7 +163,11 @@ def test_nothing_at_all(tmp_path: Path) -> None:
 
 
 def test_missing_numbers_are_dashes(tmp_path: Path) -> None:
-    maps = {"cam": {"miou": math.nan, "per_class": {"cow": math.nan, "boat": None}}, "pacam": {"miou": None}}
+    maps = {
+        "instance": None,
+        "cam": {"miou": math.nan, "per_class": {"cow": math.nan, "boat": None}},
+        "pacam": {"miou": None},
+    }
     html = write(
         tmp_path / "r.html",
         metrics={"maps": {"eval": maps}, "segmentation": {"eval": {"miou": math.nan}}, "seconds": math.nan},
@@ -219,6 +223,22 @@ def test_large_pictures_are_made_smaller() -> None:
     uri = _page.data_uri(torch.zeros(3, 300, 1200, dtype=torch.uint8))
     with pil_image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
         assert image.size == (400, 100)
+
+
+def test_long_curves_do_not_swell_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra 'examples'")
+    noise = torch.rand(50_000, generator=torch.Generator().manual_seed(0)).tolist()
+    write_report(tmp_path / "r.html", title="Long", metrics={}, history={"loss": list(enumerate(noise))})
+    assert (tmp_path / "r.html").stat().st_size < 300_000
+
+
+def test_numbers_of_any_type() -> None:
+    assert [_page.number(x) for x in (1, torch.tensor(0.5), None, math.nan, "x", torch.rand(2))] == [
+        1,
+        0.5,
+        *[None] * 4,
+    ]
+    assert [_page.duration(x) for x in (3.21, 161, 7384, None)] == ["3.2 s", "2 min 41 s", "2 h 3 min", _page.DASH]
 
 
 def test_smooth_keeps_a_line_and_the_length() -> None:

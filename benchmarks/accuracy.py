@@ -1,0 +1,200 @@
+"""Accuracy of CPAL against its plain baseline: means and spreads over seeds, each part's share, the cost of no masks.
+
+    python benchmarks/accuracy.py --data scenes
+    python benchmarks/accuracy.py --data ../shared/data/msrc15 --ceiling
+
+Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed (finished runs in ``--runs`` are
+kept, broken-off ones resumed), then leaves out one part of the bank at a time, on the networks that ``cpal`` trained, and
+writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+MAPS = ("cam", "instance", "pacam")
+# What is left out, and what stands in its place, as arguments of ContextPrototypeBank.
+PARTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "contexts (one mean prototype a class)": {"num_contexts": 1, "top_k": 1},
+    "positiveness (all contexts weigh the same)": {"temperature": 1e6},
+    "shift": {"shift": False},
+    "centre": {"centre": False},
+    "background contexts (one background prototype an image)": {"background": "image"},
+    "background (plain 1 - max, as in the paper)": {"background": "one_minus_max"},
+}
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the values themselves."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"mean": None, "sd": None, "values": []}
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {"mean": statistics.fmean(known), "sd": deviation, "values": known}
+
+
+def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one run, or read it where it is finished already."""
+    if not (folder / "metrics.json").exists():
+        command = [sys.executable, str(ROOT / "examples" / "train_cpal.py"), "--data", args.data, "--method", method]
+        command += ["--seed", str(seed), "--output", str(folder), "--device", args.device, *args.flags]
+        command += ["--ceiling"] * (args.ceiling and method == "cpal")
+        if (folder / "checkpoint").exists():
+            command.append("--resume")
+        subprocess.run(command, check=True)
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Score the maps of a trained run with one part of the bank left out at a time."""
+    from accelerate import Accelerator
+    from common import load_checkpoint, open_pictures
+    from cpal_stages import Network, seeds
+    from train_cpal import bank_options
+
+    from protoseg import ContextPrototypeBank
+    from protoseg.models.heads import build_cam_network
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    args = argparse.Namespace(**{**config, "output": scratch})
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    sizes = (args.train_scenes, args.eval_scenes, args.size)
+    splits = {
+        "train": open_pictures(args.data, args.train_split, scenes=sizes),
+        "eval": open_pictures(args.eval_data, args.eval_split, scenes=sizes),
+    }
+    cam = build_cam_network(args.backbone, len(splits["train"].classes)).to(accelerator.device)
+    cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
+    found = {}
+    for part, options in PARTS.items():
+        options = {**bank_options(args.bank), **options}
+        bank = ContextPrototypeBank(len(splits["train"].classes), cam.channels, **options).to(accelerator.device)
+        maps, _ = seeds(Network(cam, bank), splits, args, accelerator)
+        found[part] = {split: maps[split]["pacam"]["miou"] for split in splits}
+    return found
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collect every figure over the seeds."""
+    summary: dict[str, Any] = {"maps": {}, "per_class": {}, "parts": {}}
+    for method, metrics in runs.items():
+        for split in ("train", "eval"):
+            for name in MAPS:
+                entries = [each["maps"][split][name] for each in metrics]
+                key = f"{method}/{split}/{name}"
+                fields = ("miou", "threshold", "miou_mask_free", "threshold_mask_free")
+                summary["maps"][key] = {field: spread(entry[field] for entry in entries) for field in fields}
+                classes = entries[0]["per_class"]
+                summary["per_class"][key] = {c: spread(entry["per_class"].get(c) for entry in entries) for c in classes}
+        summary[method] = {
+            "pseudo_masks": spread(each["pseudo_masks"]["train"].get("miou") for each in metrics),
+            "segmentation": spread(each["segmentation"].get("eval", {}).get("miou") for each in metrics),
+            "ceiling": spread(each["segmentation"].get("eval", {}).get("ceiling") for each in metrics),
+            "all_background": spread(each["segmentation"].get("eval", {}).get("all_background") for each in metrics),
+            "seconds": spread(each["seconds"] for each in metrics),
+            "peak_memory_mb": spread(each["peak_memory_mb"] for each in metrics),
+        }
+    for part in PARTS if parts else ():
+        summary["parts"][part] = {split: spread(each[part][split] for each in parts) for split in ("train", "eval")}
+    return summary
+
+
+def show(value: dict[str, Any]) -> str:
+    """Mean and spread as text."""
+    return "-" if value["mean"] is None else f"{value['mean']:.3f} ± {value['sd']:.3f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, Any]) -> str:
+    """The tables as a page."""
+    maps, text = summary["maps"], f"# Accuracy on {name}\n\n`{command}`; mean ± standard deviation over seeds "
+    text += f"{', '.join(map(str, seeds))}. mIoU over background and classes, tags given, threshold by sweep.\n\n"
+    columns = [(split, key) for split in ("train", "eval") for key in MAPS]
+    rows = [[m, *(show(maps[f"{m}/{s}/{k}"]["miou"]) for s, k in columns)] for m in ("none", "cpal")]
+    text += table(["method", *(f"{k}, {s}" for s, k in columns)], rows)
+
+    def gain(a: str, b: str, split: str) -> str:
+        mean = maps[f"{a.replace(' ', f'/{split}/')}"]["miou"]["mean"] - maps[f"{b.replace(' ', f'/{split}/')}"]["miou"]["mean"]
+        return f"{mean:+.3f}"
+
+    pairs = (("cpal pacam", "none cam"), ("cpal pacam", "none instance"), ("none pacam", "none cam"), ("cpal cam", "none cam"))
+    text += "\n## Gains\n\n" + table(
+        ["", "train", "eval"], [[f"{a} over {b}", gain(a, b, "train"), gain(a, b, "eval")] for a, b in pairs]
+    )
+    if summary["parts"]:
+        full = summary["parts"]["nothing"]
+        rows = []
+        for part, scores in summary["parts"].items():
+            losses = [scores[s]["mean"] - full[s]["mean"] for s in ("train", "eval")]
+            rows.append([part, *(show(scores[s]) for s in ("train", "eval")), *(f"{each:+.3f}" for each in losses)])
+        rows.append(
+            ["self-supervised loss (retrained without)", *(show(maps[f"none/{s}/pacam"]["miou"]) for s in ("train", "eval"))]
+            + [f"{maps[f'none/{s}/pacam']['miou']['mean'] - full[s]['mean']:+.3f}" for s in ("train", "eval")]
+        )
+        text += "\n## pacam of cpal with one part left out\n\nOn the same trained networks, but for the last row.\n\n"
+        text += table(["left out", "train", "eval", "change, train", "change, eval"], rows)
+    rows = [
+        [method, split, key, show(entry["miou"]), show(entry["miou_mask_free"])]
+        + [f"{entry['miou_mask_free']['mean'] - entry['miou']['mean']:+.3f}"]
+        for method, split, key, entry in ((*name.split("/"), entry) for name, entry in maps.items())
+    ]
+    text += "\n## Threshold without masks (Otsu) against the sweep\n\n"
+    text += table(["method", "pictures", "map", "sweep", "without masks", "change"], rows)
+    fields = ("pseudo_masks", "segmentation", "ceiling", "all_background", "seconds", "peak_memory_mb")
+    text += "\n## After the maps\n\nPseudo masks on train, the segmentation network on eval without tags, the same network "
+    text += "trained on true masks (ceiling), everything background (floor).\n\n"
+    text += table(["method", *fields], [[m, *(show(summary[m][field]) for field in fields)] for m in ("none", "cpal")])
+    classes = list(summary["per_class"]["none/train/cam"])
+    rows = [[c, *(show(summary["per_class"][f"{m}/{s}/{k}"][c]) for m in ("none", "cpal") for s, k in columns)] for c in classes]
+    text += "\n## Per class\n\n" + table(["class", *(f"{m}: {k}, {s}" for m in ("none", "cpal") for s, k in columns)], rows)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing and write the tables; returns the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ceiling", action="store_true", help="also train the segmentation network on the true masks")
+    parser.add_argument("--no-parts", action="store_true", help="do not leave out parts")
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for train_cpal.py")
+    args = parser.parse_args(argv)
+    args.flags = [flag for flag in args.flags if flag != "--"]
+    name = Path(args.data).name
+    runs: dict[str, list[dict[str, Any]]] = {"none": [], "cpal": []}
+    for seed in args.seeds:
+        for method, metrics in runs.items():
+            metrics.append(run(args.runs / name / f"{method}-{seed}", method, seed, args))
+    folders = [args.runs / name / f"cpal-{seed}" for seed in args.seeds]
+    parts = [] if args.no_parts else [ablate(folder, args.runs / name / "parts") for folder in folders]
+    summary = summarise(runs, parts)
+    command = " ".join(["python benchmarks/accuracy.py --data", name, *["--ceiling"] * args.ceiling, *args.flags])
+    summary |= {"command": command, "seeds": args.seeds, "versions": runs["cpal"][0]["versions"]}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"accuracy-{name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (args.output / f"accuracy-{name}.md").write_text(markdown(name, command, args.seeds, summary), encoding="utf-8")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Plain loops that compute what the modules must compute, written from the equations in their docstrings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoseg.context import ContextPrototypes
+from protoseg.functional import kmeans
+
+
+class LoopBank:
+    """``ContextPrototypeBank`` as loops over images, classes and contexts, with Python lists for the memory.
+
+    Only the clustering is the library's, of one class at a time; ``test_functional.py`` tests that by itself. The
+    arguments are those of the module, all of them given. Differentiable, like the module.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        capacity: int,
+        num_contexts: int,
+        background_contexts: int,
+        top_k: int,
+        cam_threshold: float,
+        background_threshold: float,
+        metric: str,
+        temperature: float,
+        shift: bool,
+        background: str,
+        centre: bool,
+        sharpness: float,
+        refresh_every: int,
+        detach: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.num_classes, self.dim, self.capacity, self.top_k = num_classes, dim, capacity, top_k
+        self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
+        self.metric, self.temperature, self.align = metric, temperature, shift
+        self.background, self.sharpness = background, sharpness
+        self.refresh_every, self.detach = refresh_every, detach
+        self.training = True
+        self.sizes = [num_contexts] * num_classes
+        if background == "contexts":
+            self.sizes.append(background_contexts)
+        self.centred = centre and background == "contexts"
+        self.zero = torch.zeros(dim, dtype=dtype)
+        self.rings: list[list[Tensor]] = [[] for _ in self.sizes]
+        self.written = [0 for _ in self.sizes]
+        self.contexts: list[dict[int, Tensor]] = [{} for _ in self.sizes]
+        self.shift = [self.zero for _ in self.sizes]
+        self.centre = self.zero
+        self.step = 0
+
+    def __call__(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
+        arrivals: list[dict[int, Tensor]] = []
+        images = [self._image(*image, arrivals) for image in zip(features, cam, labels, strict=True)]
+        loss, *maps = (torch.stack(values) for values in zip(*images, strict=True))
+        shift = torch.stack(self.shift[: self.num_classes])
+        if self.training:
+            self._update(arrivals)
+        return ContextPrototypes._make([loss.mean(), *maps, shift])
+
+    def _image(
+        self, features: Tensor, raw: Tensor, labels: Tensor, arrivals: list[dict[int, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Everything of one image in the order of ``ContextPrototypes``; what to store is appended to ``arrivals``."""
+        classes, size = range(self.num_classes), features.shape[1:]
+        origin = self.centre if self.centred else self.zero
+        present = [c for c in classes if labels[c]]
+
+        cam = [features.new_zeros(size) for _ in classes]
+        for c in present:
+            cam[c] = normalized(F.interpolate(raw[None, None, c], size, mode="bilinear")[0, 0])
+
+        # Step 1: instances.
+        instances: dict[int, Tensor] = {}
+        for c in present:
+            inside = cam[c] > self.cam_threshold
+            if inside.any():
+                instances[c] = features[:, inside].mean(1)
+        valid = list(instances)
+        if present:
+            outside = torch.ones(size, dtype=torch.bool)
+            for c in present:
+                outside &= cam[c] < self.background_threshold
+            if outside.any():
+                instances[self.num_classes] = features[:, outside].mean(1)
+
+        # Steps 3 to 6: scores, under the state before this batch.
+        weights = [[self.zero[0]] * self.top_k for _ in classes]
+        selected = [[-1] * self.top_k for _ in classes]
+        score: dict[int, Tensor] = {}
+        for c in [*valid, self.num_classes]:
+            neighbours = self._neighbours(c, instances.get(c))
+            total = sum(w for _, w, _ in neighbours)
+            score[c] = features.new_zeros(size)
+            for _, w, p in neighbours:
+                score[c] = score[c] + w / total * cosine(features, p, origin)
+            if c < self.num_classes:
+                for place, (i, w, _) in enumerate(neighbours):
+                    weights[c][place], selected[c][place] = w, i
+
+        # Step 7: maps, with background in front.
+        pacam = [features.new_zeros(size) for _ in classes]
+        for c in valid:
+            if self.background == "one_minus_max":
+                pacam[c] = normalized(score[c])
+            else:
+                pacam[c] = (self.sharpness * (score[c] - score[self.num_classes]) + 0.5).clamp(0, 1)
+        cam = [1 - torch.stack(cam).amax(0), *cam]
+        pacam = [1 - torch.stack(pacam).amax(0), *pacam]
+
+        # Step 8: loss.
+        loss = 0 * cam[0].sum()
+        if valid:
+            for channel in [0, *(c + 1 for c in valid)]:
+                m = cam[channel].detach() if self.detach == "cam" else cam[channel]
+                target = pacam[channel].detach() if self.detach == "pacam" else pacam[channel]
+                loss = loss + (m - target).abs().mean() / (len(valid) + 1)
+
+        arrivals.append(dict(instances))
+        if self.background != "contexts" or valid != present:
+            arrivals[-1].pop(self.num_classes, None)
+        return (
+            loss,
+            torch.stack(pacam),
+            torch.stack(cam),
+            torch.stack([instances.get(c, self.zero) for c in classes]),
+            torch.tensor([c in valid for c in classes]),
+            torch.stack([torch.stack(row) for row in weights]),
+            torch.tensor(selected),
+        )
+
+    def _neighbours(self, c: int, instance: Tensor | None) -> list[tuple[int, Tensor, Tensor]]:
+        """Indices, weights and prototypes that stand for class ``c`` in an image: steps 4 to 6."""
+        known = self.contexts[c] if c < len(self.contexts) else {}
+        one = torch.ones_like(self.zero[0])
+        if not known:
+            return [] if instance is None else [(-1, one, instance)]
+        if instance is None:
+            return [(i, one, p) for i, p in known.items()]
+        origin = self.centre if self.centred else self.zero
+        anchor = instance - origin + self.shift[c] if self.align else instance - origin
+        everything = [p - origin for contexts in self.contexts for p in contexts.values()]
+        scale = sum(length(p, self.metric) for p in everything) / len(everything)
+        scores = [similarity(anchor, p - origin, self.metric) / (self.temperature * scale) for p in known.values()]
+        shares = torch.stack(scores).softmax(0)
+        neighbours = list(zip(known, shares, known.values(), strict=True))
+        return sorted(neighbours, key=lambda neighbour: -neighbour[1].item())[: self.top_k]
+
+    def _update(self, arrivals: list[dict[int, Tensor]]) -> None:
+        for instances in arrivals:
+            for row, instance in instances.items():
+                if not instance.isfinite().all():
+                    continue
+                ring = self.rings[row]
+                if len(ring) < self.capacity:
+                    ring.append(instance.detach())
+                else:
+                    ring[self.written[row] % self.capacity] = instance.detach()
+                self.written[row] += 1
+        if self.step % self.refresh_every == 0:
+            self._refresh()
+        self.step += 1
+
+    def _refresh(self) -> None:
+        self.contexts = [{} for _ in self.sizes]
+        means: list[Tensor | None] = [None for _ in self.sizes]
+        for row, ring in enumerate(self.rings):
+            if not ring:
+                continue
+            points = torch.stack(ring)
+            clusters = kmeans(points[None], num_clusters=self.sizes[row])
+            for i in range(self.sizes[row]):
+                if clusters.valid[0, i]:
+                    self.contexts[row][i] = clusters.centres[0, i]
+            mean = points.mean(0)
+            self.shift[row] = torch.stack(list(self.contexts[row].values())).mean(0) - mean
+            means[row] = mean
+        seen = [mean for mean in means[: self.num_classes] if mean is not None]
+        behind = means[-1] if self.background == "contexts" else None
+        self.centre = (torch.stack(seen).mean(0) + behind) / 2 if seen and behind is not None else self.zero
+
+    def state(self) -> dict[str, Tensor]:
+        """The same as the module's ``state_dict()``."""
+        bank = self.zero.new_zeros(len(self.sizes), self.capacity, self.dim)
+        contexts = self.zero.new_zeros(len(self.sizes), max(self.sizes), self.dim)
+        context_valid = torch.zeros(contexts.shape[:2], dtype=torch.bool)
+        for row in range(len(self.sizes)):
+            for slot, instance in enumerate(self.rings[row]):
+                bank[row, slot] = instance
+            for i, context in self.contexts[row].items():
+                contexts[row, i], context_valid[row, i] = context, True
+        return {
+            "bank": bank,
+            "pointer": torch.tensor([n % self.capacity for n in self.written]),
+            "count": torch.tensor([len(ring) for ring in self.rings]),
+            "contexts": contexts,
+            "context_valid": context_valid,
+            "shift": torch.stack(self.shift),
+            "centre": self.centre,
+            "step": torch.tensor(self.step),
+        }
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """A map clipped at 0, divided by its maximum."""
+    scores = scores.clamp_min(0)
+    return scores / scores.max() if scores.max() > 0 else scores
+
+
+def cosine(features: Tensor, prototype: Tensor, origin: Tensor) -> Tensor:
+    """Cosine of every pixel with a prototype, seen from ``origin``."""
+    return F.cosine_similarity(features - origin[:, None, None], (prototype - origin)[:, None, None], dim=0)
+
+
+def similarity(a: Tensor, p: Tensor, metric: str) -> Tensor:
+    """One number for a pair of vectors, larger is nearer."""
+    if metric == "dot":
+        return (a * p).sum()
+    if metric == "cosine":
+        return F.cosine_similarity(a, p, dim=0)
+    return -(a - p).abs().sum() if metric == "l1" else -(a - p).square().sum().sqrt()
+
+
+def length(p: Tensor, metric: str) -> Tensor:
+    """What one vector adds to the scale of a metric."""
+    if metric == "dot":
+        return p.square().sum()
+    if metric == "cosine":
+        return torch.ones_like(p[0])
+    return p.abs().sum() if metric == "l1" else p.square().sum().sqrt()
