@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
-import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 
 from protoseg.data import Sample, UnreadableFileError
 from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder
+from protoseg.data.voc import MaskUse, VOCFolder
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -33,7 +33,6 @@ class Pictures(Dataset[Sample]):
         source: ``Scenes`` or ``VOCFolder``.
         keep: Most pictures to hold; a larger data set is read again each time.
         skip_broken: Read everything once, now, and leave out what cannot be read instead of stopping there later.
-        left_out: Ids to leave out; without reading anything.
 
     Attributes:
         classes: Names of the foreground classes.
@@ -71,9 +70,17 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self._read(self.indices[index])
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def ids(self) -> list[str]:
+        """The pictures' names, in order; nothing is read for them."""
+        return [self.source.ids[index] for index in self.indices]
+
 
 def open_pictures(
-    data: str, split: str, *, scenes: tuple[int, int, int], masks: str = "optional", skip_broken: bool = False
+    data: str, split: str, *, scenes: tuple[int, int, int], masks: MaskUse = "optional", skip_broken: bool = False
 ) -> Pictures:
     """Open made scenes or a VOC-layout folder.
 
@@ -91,14 +98,14 @@ def open_pictures(
         many, few, size = scenes
         training = split == "train"
         return Pictures(Scenes(many if training else few, seed=0 if training else 1, size=size))
-    return Pictures(VOCFolder(data, split, masks=masks), skip_broken=skip_broken)  # type: ignore[arg-type]
+    return Pictures(VOCFolder(data, split, masks=masks), skip_broken=skip_broken)
 
 
 class Crops(Dataset[dict[str, Tensor]]):
-    """Random crops for training that depend on seed, epoch and picture only, so that a resumed run sees the same ones.
+    """Random crops for training that depend on seed, epoch and picture only: a resumed run sees the same ones.
 
-    A crop covers a random share of the picture's area at a random aspect ratio, is resized to a square, mirrored half of
-    the time, and its brightness, contrast and saturation are changed by up to ``colour``.
+    A crop covers a random share of the picture's area at a random aspect ratio, is resized to a square, mirrored half
+    of the time, and its brightness, contrast and saturation are changed by up to ``colour``.
 
     Args:
         pictures: What to crop.
@@ -106,7 +113,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         seed: Seed of the run.
         share: Smallest and largest share of the area.
         colour: Largest change, 0..1.
-        masks: Masks ``[H, W]`` by id to crop along, for a segmentation network; in place of tags.
+        masks: Gives a sample's mask ``[H, W]`` to crop along, for a segmentation network.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         seed: int,
         share: tuple[float, float] = (0.3, 1.0),
         colour: float = 0.3,
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Callable[[Sample], Tensor] | None = None,
     ) -> None:
         self.pictures, self.size, self.seed, self.share, self.colour = pictures, size, seed, share, colour
         self.masks = masks
@@ -128,8 +135,7 @@ class Crops(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.pictures[index]
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
-        draw = torch.rand(8, generator=generator).tolist()
+        draw = torch.rand(8, generator=seeded(self.seed, self.epoch, index)).tolist()
         height, width = sample.image.shape[-2:]
         area = height * width * (self.share[0] + (self.share[1] - self.share[0]) * draw[0])
         ratio = (3 / 4) ** (1 - 2 * draw[1])
@@ -141,7 +147,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         mirrored = draw[4] < 0.5
         item = {"images": normalise(image.flip(-1) if mirrored else image), "labels": sample.labels}
         if self.masks is not None:
-            mask = self.masks[sample.id][window].float()[None, None]
+            mask = self.masks(sample)[window].float()[None, None]
             mask = F.interpolate(mask, (self.size, self.size), mode="nearest-exact")[0, 0].long()
             item["masks"] = mask.flip(-1) if mirrored else mask
         return item
@@ -164,8 +170,12 @@ class Shuffle(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        return iter(torch.randperm(self.length, generator=seeded(self.seed, self.epoch)).tolist())
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """Make a generator that depends on whole numbers only; Python does not salt the hash of those."""
+    return torch.Generator().manual_seed(hash(numbers) % 2**63)
 
 
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -181,7 +191,7 @@ def normalise(image: Tensor) -> Tensor:
     return (image - MEAN) / STD
 
 
-def test_image(image: Tensor, side: int, multiple: int = 8) -> Tensor:
+def scaled_image(image: Tensor, side: int, multiple: int = 8) -> Tensor:
     """Resize a picture to the area of a square, keeping its shape, and normalise it: ``[1, 3, H, W]``."""
     scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
     size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]
@@ -210,7 +220,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON in one step; NaN becomes null, as JSON has none."""
+    """Write JSON in one step; NaN and infinity become null, as JSON has neither."""
     with replacing(path) as file:
         file.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -220,7 +230,7 @@ def _plain(value: object) -> object:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
 
@@ -238,13 +248,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held: on the GPU where there is one, else in all."""
+    """Most memory this process has held: on the GPU where there is one, else in all; NaN where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of packages."""
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

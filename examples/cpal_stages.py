@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import Pictures, load_checkpoint, peak_memory_mb, replacing, test_image, versions, write_json
+from accelerate.utils import gather_object
+from common import Pictures, replacing, scaled_image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ from protoseg.refine import load_refiner
 from protoseg.report import Picture, write_report
 
 MAPS = ("cam", "instance", "pacam")
-PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
+SIDE = 32  # what the sides of a segmentation network's pictures must be multiples of
 
 
 class Network(NamedTuple):
@@ -38,84 +39,19 @@ class Network(NamedTuple):
     bank: ContextPrototypeBank
 
 
-class Progress:
-    """What the stages have found so far, kept in ``checkpoint/progress.json``, so that a resumed run skips them.
+def segmentation_network(args: argparse.Namespace, classes: int, *, pretrained: bool) -> nn.Module:
+    """Make the segmentation network of ``--segmentation``, for classes and background."""
+    import segmentation_models_pytorch as smp
 
-    Args:
-        args: The flags.
-        accelerator: The engine; its main process writes.
-
-    Attributes:
-        found: Results by name.
-    """
-
-    NEEDS = ("classify", "seeds", "refine", "segment")
-    # What may change between a run and its resumption.
-    FREE = ("output", "resume", "stages", "device", "workers", "skip_broken", "ceiling")
-
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        self.args, self.accelerator = args, accelerator
-        self.path = args.output / "checkpoint" / "progress.json"
-        self.found: dict[str, Any] = {"stages": {}}
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        first = self.NEEDS.index(min(args.stages, key=self.NEEDS.index))
-        if (args.resume or first > 0) and self.path.exists():
-            self._same(json.loads((args.output / "config.json").read_text(encoding="utf-8")), config)
-            self.found = json.loads(self.path.read_text(encoding="utf-8"))
-        for stage in self.NEEDS[:first]:
-            if stage not in self.found["stages"]:
-                raise SystemExit(f"--stages: {args.stages} need what {stage!r} leaves in {args.output}; run it first")
-        if accelerator.is_main_process:
-            args.output.mkdir(parents=True, exist_ok=True)
-            write_json(args.output / "config.json", config)
-            self._write()
-        accelerator.wait_for_everyone()
-
-    def _same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = [key for key in now if key not in self.FREE and before.get(key) != now[key]]
-        if changed:
-            differences = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
-            raise SystemExit(f"--resume: {self.args.output} holds another run: {differences}; take another --output")
-
-    def _write(self) -> None:
-        write_json(self.path, self.found)
-
-    def wants(self, stage: str) -> bool:
-        """Whether to run a stage now."""
-        return stage in self.args.stages and not (self.args.resume and stage in self.found["stages"])
-
-    def done(self, stage: str, results: dict[str, Any]) -> None:
-        """Note a stage's results and the seconds since the last one."""
-        history = results.pop("history", [])
-        self.found["stages"][stage] = {"history": history}
-        self.found.update(results)
-        if self.accelerator.is_main_process:
-            self._write()
-        self.accelerator.wait_for_everyone()
-
-    def restore(self, net: Network) -> None:
-        """Load the trained network and bank, unless this process trained them."""
-        state = load_checkpoint(self.args.output / "checkpoint" / "classify.pt")
-        net.cam.load_state_dict(state["model"])
-        net.bank.load_state_dict(state["bank"])
-
-    def metrics(self, began: float, pictures: Pictures, test: Pictures) -> dict[str, Any]:
-        """Put together ``metrics.json``."""
-        seconds = self.found.get("seconds", 0.0) + time.monotonic() - began
-        self.found["seconds"] = seconds
-        if self.accelerator.is_main_process:
-            self._write()
-        return {
-            "method": self.args.method,
-            "seed": self.args.seed,
-            "seconds": round(seconds, 1),
-            "peak_memory_mb": round(peak_memory_mb(self.accelerator.device), 1),
-            "versions": versions(*PACKAGES),
-            "maps": self.found.get("maps", {}),
-            "pseudo_masks": {"train": self.found.get("pseudo_masks", {})},
-            "segmentation": self.found.get("segmentation", {}),
-            "broken": {"train": pictures.broken, "eval": test.broken},
-        }
+    architecture, _, encoder = args.segmentation.partition(":")
+    weights = (True if encoder.startswith("tu-") else "imagenet") if pretrained else None
+    try:
+        model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=weights, classes=classes + 1)
+    except (KeyError, ValueError) as error:
+        raise SystemExit(
+            f"--segmentation: expected ARCHITECTURE:ENCODER, got {args.segmentation!r}; {error}"
+        ) from error
+    return model
 
 
 def shard(length: int, accelerator: Accelerator) -> range:
@@ -124,8 +60,8 @@ def shard(length: int, accelerator: Accelerator) -> range:
 
 
 def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]`` of a picture, over scales and mirrored: the same for every map."""
-    image = test_image(sample.image, args.size).to(accelerator.device)
+    """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
+    image = scaled_image(sample.image, args.size).to(accelerator.device)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         out = net.cam(images)
@@ -178,7 +114,9 @@ def seeds(
                 sweep.update(enlarge(maps[name], sample.image).cpu(), sample.labels, sample.mask)
             if split == "train":
                 with replacing(seed_path(args, sample.id)) as file, file.open("wb") as stream:
-                    np.savez(stream, **{name: each.half().cpu().numpy() for name, each in maps.items()})
+                    np.savez(
+                        stream, allow_pickle=False, **{key: each.half().cpu().numpy() for key, each in maps.items()}
+                    )
         scores[split], curves[split] = {}, {}
         for name, sweep in sweeps.items():
             scores[split][name], curves[split][name] = score(sweep.all_reduce(), pictures.classes)
@@ -189,7 +127,13 @@ def seeds(
 def score(sweep: ThresholdSweep, classes: tuple[str, ...]) -> tuple[dict[str, Any], tuple[list[float], list[float]]]:
     """One map's entry of ``metrics.json`` and its curve over the thresholds; without masks the mIoU is null."""
     result, free = sweep.result(), otsu_threshold(sweep.score_histogram)
-    entry = {"miou": None, "threshold": None, "per_class": {}, "miou_mask_free": None, "threshold_mask_free": free}
+    entry: dict[str, Any] = {
+        "miou": None,
+        "threshold": None,
+        "per_class": {},
+        "miou_mask_free": None,
+        "threshold_mask_free": free,
+    }
     if not result.miou.isnan().all():
         best = result.best
         per_class = dict(zip(("background", *classes), best.per_class.tolist(), strict=True))
@@ -223,10 +167,7 @@ def seed_threshold(maps: Mapping[str, Any], args: argparse.Namespace) -> float:
         if entry["threshold"] is None:
             raise SystemExit("--threshold sweep: the training pictures have no masks; take otsu or a number")
         return float(entry["threshold"])
-    try:
-        return float(args.threshold)
-    except ValueError:
-        raise SystemExit(f"--threshold: expected otsu, sweep or a number, got {args.threshold!r}") from None
+    return float(args.threshold)
 
 
 @torch.no_grad()
@@ -254,11 +195,17 @@ def refine(
             confusion.update(mask, sample.mask)
             single = ConfusionMatrix(len(pictures.classes))
             single.update(mask, sample.mask)
-            by_picture[sample.id] = single.result().miou
-    result = confusion.all_reduce().result()
-    names = ("background", *pictures.classes)
-    scored = {"miou": result.miou, "per_class": dict(zip(names, result.per_class.tolist(), strict=True))}
+            if not math.isnan(miou := single.result().miou):
+                by_picture[sample.id] = miou
+    by_picture = dict(sorted(pair for part in gather_object([by_picture]) for pair in part.items()))
+    scored = named(confusion.all_reduce(), pictures.classes)
     return {**scored, "threshold": threshold, "map": args.seed_map, "pictures": by_picture}
+
+
+def named(confusion: ConfusionMatrix, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Mean IoU and the IoU of each class by name."""
+    miou, per_class = confusion.result()
+    return {"miou": miou, "per_class": dict(zip(("background", *classes), per_class.tolist(), strict=True))}
 
 
 def mask_path(args: argparse.Namespace, name: str) -> Path:
@@ -266,34 +213,32 @@ def mask_path(args: argparse.Namespace, name: str) -> Path:
     return Path(args.output) / "pseudo_masks" / f"{name}.png"
 
 
-def read_pseudo_masks(pictures: Pictures, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Read the pseudo masks of all training pictures."""
-    classes = len(pictures.classes)
-    return {sample.id: load_mask(mask_path(args, sample.id), classes) for sample in pictures}
+def pseudo_mask(sample: Sample, args: argparse.Namespace) -> Tensor:
+    """Read a training picture's pseudo mask."""
+    return load_mask(mask_path(args, sample.id), len(sample.labels))
+
+
+def true_mask(sample: Sample) -> Tensor:
+    """A picture's mask; void throughout where it has none."""
+    return torch.full(sample.image.shape[-2:], 255, dtype=torch.uint8) if sample.mask is None else sample.mask
 
 
 @torch.no_grad()
-def score_segmentation(model: nn.Module, test: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> float:
-    """Mean IoU of a segmentation network, with mirrored pictures and without tags."""
+def score_segmentation(
+    model: nn.Module, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Scores of a segmentation network, with mirrored pictures and without tags; and of background everywhere."""
     model.eval()
-    confusion = ConfusionMatrix(len(test.classes))
+    confusion, floor = ConfusionMatrix(len(test.classes)), ConfusionMatrix(len(test.classes))
     for index in tqdm(shard(len(test), accelerator), "score", disable=not accelerator.is_main_process, leave=False):
         sample = test[index]
         if sample.mask is None:
             continue
-        image = test_image(sample.image, args.size, multiple=32).to(accelerator.device)
-        (logits,) = multi_scale(lambda images: (model(images).float().softmax(1),), image, multiple=32)
+        image = scaled_image(sample.image, args.size, multiple=SIDE).to(accelerator.device)
+        (logits,) = multi_scale(lambda images: (model(images).float().softmax(1),), image, multiple=SIDE)
         confusion.update(enlarge(logits[0], sample.image).argmax(0).cpu(), sample.mask)
-    return confusion.all_reduce().result().miou
-
-
-def all_background(test: Pictures) -> float:
-    """Mean IoU of calling everything background: the floor."""
-    confusion = ConfusionMatrix(len(test.classes))
-    for sample in test:
-        if sample.mask is not None:
-            confusion.update(torch.zeros_like(sample.mask), sample.mask)
-    return confusion.result().miou
+        floor.update(torch.zeros_like(sample.mask), sample.mask)
+    return {**named(confusion.all_reduce(), test.classes), "all_background": floor.all_reduce().result().miou}
 
 
 def report(metrics: Mapping[str, Any], found: Mapping[str, Any], pictures: Pictures, args: argparse.Namespace) -> None:
@@ -316,16 +261,18 @@ def report(metrics: Mapping[str, Any], found: Mapping[str, Any], pictures: Pictu
 
 
 def _shown(found: Mapping[str, Any], pictures: Pictures, args: argparse.Namespace) -> Iterator[Picture]:
-    """The best and the worst pictures by their pseudo masks, with every map."""
-    scores = found.get("pseudo_masks", {}).get("pictures", {})
-    ranked = sorted(scores, key=scores.__getitem__)
-    wanted = {*ranked[:6], *ranked[-6:]}
-    if not ranked:
+    """The best and the worst pictures by their pseudo masks, or the first ones, with every map."""
+    if "seeds" not in found["stages"]:
         return
-    for sample in pictures:
-        if sample.id not in wanted:
+    scores = found.get("pseudo_masks", {}).get("pictures", {})
+    ranked = sorted(scores, key=scores.__getitem__) or pictures.ids[:6]
+    wanted = {*ranked[:6], *ranked[-6:]}
+    for index, name in enumerate(pictures.ids):
+        if name not in wanted:
             continue
-        panels = {name: enlarge(each, sample.image).amax(0) for name, each in read_seeds(args, sample.id).items()}
-        panels["pseudo mask"] = load_mask(mask_path(args, sample.id), len(pictures.classes))
-        tags = [name for name, tag in zip(pictures.classes, sample.labels.tolist(), strict=True) if tag]
-        yield Picture(sample.id, sample.image, sample.mask, panels, scores[sample.id], tags)
+        sample = pictures[index]
+        panels = {key: enlarge(each, sample.image).amax(0) for key, each in read_seeds(args, name).items()}
+        if "refine" in found["stages"]:
+            panels["pseudo mask"] = pseudo_mask(sample, args)
+        tags = [tag for tag, present in zip(pictures.classes, sample.labels.tolist(), strict=True) if present]
+        yield Picture(name, sample.image, sample.mask, panels, scores.get(name), tags)

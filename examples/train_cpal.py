@@ -4,17 +4,19 @@
     python examples/train_cpal.py --data VOC2012 --preset paper-voc  # any VOC-layout folder
     accelerate launch examples/train_cpal.py --data VOC2012 --preset paper-voc
 
-Stages: ``classify`` trains the CAM network, with the bank's loss under ``--method cpal``; ``seeds`` fills the bank with the
-final network and writes and scores the maps ``cam``, ``instance`` and ``pacam``; ``refine`` turns one of them into pseudo
-masks; ``segment`` trains a segmentation network on those. With ``--method none`` the bank is filled all the same, so that its
-``pacam`` shows what the memory does without the loss.
+Stages: ``classify`` trains the CAM network, with the bank's loss under ``--method cpal``; ``seeds`` fills the bank with
+the final network and writes and scores the maps ``cam``, ``instance`` and ``pacam``; ``refine`` turns one of them into
+pseudo masks; ``segment`` trains a segmentation network on those. With ``--method none`` the bank is filled all the
+same, so that its ``pacam`` shows what the memory does without the loss. ``--resume`` goes on with a stopped run;
+``--stages`` without it runs these stages anew on what the earlier ones left.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +24,50 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import (
-    Crops,
-    Pictures,
-    Shuffle,
-    learning_rate,
-    load_checkpoint,
-    open_pictures,
-    save_checkpoint,
-    write_json,
-)
+from common import Crops, Pictures, Shuffle, learning_rate, load_checkpoint, open_pictures, save_checkpoint, write_json
+from cpal_progress import STAGES, Progress, check
 from cpal_stages import (
     MAPS,
+    SIDE,
     Network,
-    Progress,
-    all_background,
-    read_pseudo_masks,
+    pseudo_mask,
     refine,
     report,
     score_segmentation,
     seeds,
+    segmentation_network,
+    true_mask,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from protoseg import ContextPrototypeBank
+from protoseg.data import Sample
 from protoseg.models.heads import build_cam_network
 
-STAGES = ("classify", "seeds", "refine", "segment")
+Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
 
-# The paper states ResNet-50 and a bank of 1000; everything else in "paper-voc" and "paper-coco" is a guess after SIPE, marked
-# as such in docs/cpal.md. "scratch" was chosen on the train and val pictures of MSRC-15.
+# The paper states ResNet-50 and a bank of 1000; everything else in "paper-voc" and "paper-coco" is a guess after SIPE,
+# marked as such in docs/cpal.md. "scratch" was chosen on the train and val pictures of MSRC-15.
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {
         "backbone": "small:32", "size": 96, "crop": 96, "smallest_crop": 0.5, "epochs": 16, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "linknet:timm-mobilenetv3_small_minimal_100", "segmentation_epochs": 12,
+        "scales": [1.0], "segmentation": "linknet:tu-tf_mobilenetv3_small_minimal_100", "segmentation_epochs": 12,
     },
     "scratch": {
         "backbone": "small:32", "size": 157, "crop": 144, "smallest_crop": 0.3, "epochs": 100, "batch": 16, "lr": 2e-3,
         "scales": [1.0], "segmentation": "linknet:resnet18", "segmentation_epochs": 40,
     },
     "paper-voc": {
-        "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5, "batch": 16,
-        "lr": 1e-4, "scales": [0.5, 1.0, 1.5, 2.0], "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 20,
+        "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5,
+        "batch": 16, "lr": 1e-4, "scales": [1.0, 0.5, 1.5, 2.0],
+        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 20,
     },
     "paper-coco": {
-        "backbone": "resnet50", "pretrained": True, "size": 512, "crop": 512, "smallest_crop": 0.3, "epochs": 5, "batch": 16,
-        "lr": 1e-4, "scales": [0.5, 1.0, 1.5, 2.0], "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 10,
+        "backbone": "resnet50", "pretrained": True, "size": 512, "crop": 512, "smallest_crop": 0.3, "epochs": 5,
+        "batch": 16, "lr": 1e-4, "scales": [1.0, 0.5, 1.5, 2.0],
+        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 10,
     },
 }  # fmt: skip
 
@@ -98,15 +96,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--backbone", help="'small', 'small:WIDTH' or a timm name")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction)
     group.add_argument("--size", type=int, help="test pictures get the area of a square of this side, in pixels")
-    group.add_argument("--scales", type=float, nargs="+", help="test scales, each also mirrored")
+    group.add_argument(
+        "--scales", type=float, nargs="+", help="test scales, each also mirrored; maps have the grid of the first"
+    )
     group.add_argument("--crop", type=int, help="side of the training crops in pixels")
     group.add_argument("--smallest-crop", type=float, help="smallest share of a picture's area in a crop")
     group.add_argument("--epochs", type=int)
     group.add_argument("--batch", type=int, help="per process")
     group.add_argument("--lr", type=float)
     group = parser.add_argument_group("bank (see ContextPrototypeBank; defaults are its own)")
-    group.add_argument("--weight", type=float, default=0.3, help="of the bank's loss")
-    group.add_argument("--start", type=float, default=0.4, help="share of the epochs before the bank's loss counts")
+    group.add_argument("--weight", type=float, default=1.0, help="of the bank's loss")
+    group.add_argument("--start", type=float, default=0.5, help="share of the epochs before the bank's loss counts")
     group.add_argument("--bank", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
     group = parser.add_argument_group("masks and segmentation")
     group.add_argument("--seed-map", choices=MAPS, help="map of the pseudo masks (default: pacam, or cam with 'none')")
@@ -144,9 +144,15 @@ def bank_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def train(
-    name: str, model: nn.Module, crops: Crops, loss_of: Any, args: argparse.Namespace, epochs: int, accelerator: Accelerator,
-    modules: dict[str, nn.Module],
-) -> list[dict[str, float]]:  # fmt: skip
+    name: str,
+    model: nn.Module,
+    crops: Crops,
+    loss_of: Losses,
+    epochs: int,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    modules: Mapping[str, nn.Module],
+) -> list[dict[str, float]]:
     """Train ``model`` and save everything after each epoch; returns the history of the losses.
 
     Args:
@@ -154,53 +160,55 @@ def train(
         model: The network.
         crops: What to train on.
         loss_of: Takes the network, a batch and the epoch to the named parts of the loss, which are summed.
+        epochs: Their number.
         args: The flags.
-        epochs: How many.
         accelerator: The engine.
-        modules: What else is saved: modules with state and without parameters.
+        modules: What else is saved.
     """
     shuffle = Shuffle(len(crops), args.seed)
     drop = len(crops) >= args.batch * accelerator.num_processes
     loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
+    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, **modules}
+    if accelerator.scaler is not None:
+        saved["scaler"] = accelerator.scaler
     path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
     if args.resume and path.exists():
         state = load_checkpoint(path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for key, module in modules.items():
-            module.load_state_dict(state[key])
+        for key, part in saved.items():
+            part.load_state_dict(state[key])
         history, first = state["history"], state["epoch"]
-    elif not args.resume:
-        path.unlink(missing_ok=True)
-    network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    network, stepper, loader = accelerator.prepare(model, optimizer, loader)
     total, step = epochs * len(loader), first * len(loader)
-    shown = accelerator.is_main_process
     for epoch in range(first, epochs):
         shuffle.epoch = crops.epoch = epoch
+        set_seed(args.seed + epoch, device_specific=True)  # an epoch's dropout is the same in a resumed run
         network.train()
         sums: dict[str, float] = {}
-        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not shown, leave=False):
-            for group in optimizer.param_groups:
+        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not accelerator.is_main_process, leave=False):
+            for group in stepper.param_groups:
                 group["lr"] = args.lr * learning_rate(step, total)
             with accelerator.autocast():
                 parts = loss_of(network, batch, epoch)
-            optimizer.zero_grad()
+            stepper.zero_grad()
             accelerator.backward(torch.stack(list(parts.values())).sum())
-            optimizer.step()
+            stepper.step()
             step += 1
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0.0) + value.item()
         history.append({key: value / len(loader) for key, value in sums.items()})
-        if shown:
-            state = {key: module.state_dict() for key, module in modules.items()}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if accelerator.is_main_process:
+            state = {key: part.state_dict() for key, part in saved.items()}
             save_checkpoint(path, {**state, "epoch": epoch + 1, "history": history})
         accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
+        model.load_state_dict(load_checkpoint(path)["model"])
     return history
 
 
-def classify(net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, float]]:
+def classify(
+    net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
+) -> list[dict[str, float]]:
     """Train the CAM network from tags, with the bank's loss under ``cpal``."""
     crops = Crops(pictures, args.crop, seed=args.seed, share=(args.smallest_crop, 1.0))
     start = args.start * args.epochs
@@ -209,44 +217,46 @@ def classify(net: Network, pictures: Pictures, args: argparse.Namespace, acceler
         out = network(batch["images"])
         parts = {"classify": F.multilabel_soft_margin_loss(out.logits.float(), batch["labels"])}
         if args.method == "cpal":
-            parts["self"] = (args.weight if epoch >= start else 0.0) * net.bank(out.features, out.cam, batch["labels"]).loss
+            weight = args.weight if epoch >= start else 0.0
+            parts["self"] = weight * net.bank(out.features, out.cam, batch["labels"]).loss
         return parts
 
     net.bank.train()
-    modules = {"bank": net.bank}
-    return train("classify", net.cam, crops, loss_of, args, args.epochs, accelerator, modules)
+    return train("classify", net.cam, crops, loss_of, args.epochs, args, accelerator, {"bank": net.bank})
 
 
 def segment(
-    name: str, masks: dict[str, Tensor], pictures: Pictures, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[float, list[dict[str, float]]]:  # fmt: skip
+    name: str,
+    masks: Callable[[Sample], Tensor],
+    pictures: Pictures,
+    test: Pictures,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Train a segmentation network on masks and score it on the test pictures, without tags."""
-    import segmentation_models_pytorch as smp
-
     set_seed(args.seed)
-    architecture, _, encoder = args.segmentation.partition(":")
-    weights = "imagenet" if args.pretrained else None
-    model = smp.create_model(architecture, encoder, encoder_weights=weights, classes=len(pictures.classes) + 1)
-    model = model.to(accelerator.device)
-    crops = Crops(pictures, args.crop // 32 * 32, seed=args.seed, share=(args.smallest_crop, 1.0), masks=masks)
+    model = segmentation_network(args, len(pictures.classes), pretrained=args.pretrained).to(accelerator.device)
+    crop = args.crop // SIDE * SIDE
+    crops = Crops(pictures, crop, seed=args.seed, share=(args.smallest_crop, 1.0), masks=masks)
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
         # A mean over the pixels that are not void; a batch of nothing but void gives 0.
         target = batch["masks"]
         summed = F.cross_entropy(network(batch["images"]).float(), target, ignore_index=255, reduction="sum")
-        return {"segment": summed / (target != 255).sum().clamp_min(1)}
+        return {name: summed / (target != 255).sum().clamp_min(1)}
 
-    history = train(name, model, crops, loss_of, args, args.segmentation_epochs, accelerator, {})
+    history = train(name, model, crops, loss_of, args.segmentation_epochs, args, accelerator, {})
     return score_segmentation(model, test, args, accelerator), history
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and ``pseudo_masks``; returns the metrics."""
-    args = parse(argv)
     began = time.monotonic()
+    args = parse(argv)
+    check(args)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
     if args.device not in ("auto", "cpu", accelerator.device.type):
-        raise SystemExit(f"--device {args.device}: accelerate found {accelerator.device}; leave it 'auto', or say 'cpu'")
+        raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
     set_seed(args.seed)
     sizes = (args.train_scenes, args.eval_scenes, args.size)
     pictures = open_pictures(args.data, args.train_split, scenes=sizes, skip_broken=args.skip_broken)
@@ -254,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if test.classes != pictures.classes:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
-    progress = Progress(args, accelerator)
     cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained).to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **bank_options(args.bank)).to(accelerator.device)
     net = Network(cam, bank)
+    progress = Progress(args, accelerator, began)
     if progress.wants("classify"):
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
@@ -268,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         progress.done("refine", {"pseudo_masks": refine(pictures, progress.found, args, accelerator)})
     if progress.wants("segment"):
         progress.done("segment", segmentation(pictures, test, args, accelerator))
-    metrics = progress.metrics(began, pictures, test)
+    metrics = progress.metrics(pictures, test)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
         report(metrics, progress.found, pictures, args)
@@ -276,13 +286,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return metrics
 
 
-def segmentation(pictures: Pictures, test: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+def segmentation(
+    pictures: Pictures, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, Any]:
     """Train on the pseudo masks and, with ``--ceiling``, on the true ones."""
-    miou, history = segment("segment", read_pseudo_masks(pictures, args), pictures, test, args, accelerator)
-    scores = {"miou": miou, "all_background": all_background(test)}
+    scores, history = segment("segment", partial(pseudo_mask, args=args), pictures, test, args, accelerator)
     if args.ceiling:
-        truth = {sample.id: sample.mask for sample in pictures if sample.mask is not None}
-        scores["ceiling"], _ = segment("ceiling", truth, pictures, test, args, accelerator)
+        ceiling, _ = segment("ceiling", true_mask, pictures, test, args, accelerator)
+        scores["ceiling"] = ceiling["miou"]
     return {"segmentation": {"eval": scores}, "history": history}
 
 

@@ -30,8 +30,7 @@ def shape(where: str, name: str, value: Tensor, expected: Sequence[str | int], r
     if not fits:
         want = "(" + ", ".join(str(axis) for axis in expected) + ")"
         raise ValueError(
-            f"{where}: {name} must have shape {want}, got {tuple(value.shape)}"
-            + (f"; {remedy}" if remedy else "")
+            f"{where}: {name} must have shape {want}, got {tuple(value.shape)}" + (f"; {remedy}" if remedy else "")
         )
 
 

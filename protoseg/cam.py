@@ -115,7 +115,8 @@ def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
             f"to_mask: cam [..., C, H, W] and labels [..., C] must agree, got {tuple(cam.shape)} and "
             f"{tuple(labels.shape)}; leave the background channel out"
         )
-    scores = cam.masked_fill(~labels.bool()[..., None, None], -1.0)
+    # In float32, as the sweep compares, whatever the type of the maps.
+    scores = cam.float().clamp_min(0).masked_fill(~labels.bool()[..., None, None], -1.0)
     best, index = scores.max(-3)
     return torch.where(best >= threshold, index + 1, 0)
 
@@ -178,10 +179,8 @@ def quantile_threshold(histogram: Tensor, foreground: float) -> float:
 def _histogram(where: str, histogram: Tensor) -> Tensor:
     _checks.shape(where, "histogram", histogram, ("bins + 1",))
     if len(histogram) < 2 or bool((histogram < 0).any()):
-        raise ValueError(
-            f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}"
-        )
-    return histogram.double().cpu()
+        raise ValueError(f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}")
+    return histogram.cpu().double()
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:

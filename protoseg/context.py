@@ -172,7 +172,7 @@ class ContextPrototypeBank(nn.Module):
         shift: bool = True,
         background: Background = "contexts",
         centre: bool = True,
-        sharpness: float = 1.0,
+        sharpness: float = 3.0,
         refresh_every: int = 10,
         detach: Detach = "pacam",
         check_values: bool | None = None,

@@ -31,10 +31,10 @@ def pixel_adaptive_refine(
     .. math:: m^{t+1}(i) = \sum_{j \in N(i)} \alpha_{ij}\, m^t(j), \qquad
         \alpha_{ij} = \mathrm{softmax}_j \Bigl(- \kappa\,\tfrac13 \sum_{rgb} \frac{|I_i - I_j|}{\sigma_i}\Bigr)
 
-    with :math:`N(i)` the eight neighbours at each dilation and :math:`\sigma_i` the standard deviation of the picture over
-    them. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels", 2020), which divides by
-    :math:`\sigma_i^2` and leaves the strength to it; here the distance is in standard deviations and the strength is
-    :math:`\kappa`. Neighbours outside the picture repeat its edge.
+    with :math:`N(i)` the eight neighbours at each dilation and :math:`\sigma_i` the standard deviation of the picture
+    over them, for each colour. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels",
+    2020), which divides by :math:`\sigma_i^2` and leaves the strength to it; here the distance is in standard
+    deviations and the strength is :math:`\kappa`. Neighbours outside the picture repeat its edge.
 
     Args:
         maps: ``[B, C, H, W]`` scores; each channel is refined alike, so a sum over channels of 1 stays 1.
@@ -58,9 +58,7 @@ def pixel_adaptive_refine(
     """
     where = "pixel_adaptive_refine"
     _checks.shape(where, "maps", maps, ("B", "C", "H", "W"))
-    _checks.shape(
-        where, "images", images, (maps.shape[0], 3, *maps.shape[2:]), "resize the maps to the pictures"
-    )
+    _checks.shape(where, "images", images, (maps.shape[0], 3, *maps.shape[2:]), "resize the maps to the pictures")
     _checks.positive(where, "sharpness", sharpness)
     if iterations < 0 or not dilations or min(dilations) < 1:
         raise ValueError(
@@ -69,7 +67,8 @@ def pixel_adaptive_refine(
         )
     pictures, maps = images.float(), maps.float()
     around = torch.cat([_neighbours(pictures, d) for d in dilations], 2)
-    spread = around.std(2, keepdim=True).clamp_min(1e-4 * float(pictures.abs().max().clamp_min(1e-8)))
+    floor = 1e-4 * pictures.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    spread = around.std(2, keepdim=True).maximum(floor.unsqueeze(2))
     distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
     share = torch.softmax(-sharpness * distance, dim=2)
     for _ in range(iterations):
@@ -114,13 +113,11 @@ def load_refiner(name: str) -> Refiner | None:
         return pixel_adaptive_refine
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(
-            f"load_refiner: name must be 'pamr', 'none' or 'package.module:function', got {name!r}"
-        )
+        raise ValueError(f"load_refiner: name must be 'pamr', 'none' or 'package.module:function', got {name!r}")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"load_refiner: {name!r} cannot be imported; {error}") from error
+        raise ValueError(f"load_refiner: {name!r} cannot be imported; {error}; is its folder on PYTHONPATH?") from error
     if not callable(found):
         raise ValueError(f"load_refiner: {name!r} must be callable, got {type(found).__name__}")
     refiner: Refiner = found

@@ -211,7 +211,7 @@ class LoopBank:
 def normalized(scores: Tensor) -> Tensor:
     """A map clipped at 0, divided by its maximum."""
     scores = scores.clamp_min(0)
-    return scores / scores.max() if scores.max() > 0 else scores
+    return scores / scores.max().detach() if scores.max() > 0 else scores
 
 
 def cosine(features: Tensor, prototype: Tensor, origin: Tensor) -> Tensor:

@@ -170,9 +170,7 @@ def pattern(kind: str, u: Floats, v: Floats, period: float, phase: float | Float
     return mix
 
 
-def silhouette(
-    x: Floats, y: Floats, pose: Pose, form: Form, telling: float
-) -> tuple[Bools, Bools, Floats, Floats]:
+def silhouette(x: Floats, y: Floats, pose: Pose, form: Form, telling: float) -> tuple[Bools, Bools, Floats, Floats]:
     """Return the object's area, its telling part and its own coordinates.
 
     Args:

@@ -37,9 +37,7 @@ def pillow() -> ModuleType:
     try:
         import PIL.Image
     except ImportError as error:
-        raise ImportError(
-            'reading and writing pictures needs Pillow: pip install "protoseg[examples]"'
-        ) from error
+        raise ImportError('reading and writing pictures needs Pillow: pip install "protoseg[examples]"') from error
     return PIL.Image
 
 
@@ -78,9 +76,7 @@ def read_split(root: Path, split: str) -> list[str]:
     if not ids:
         raise ValueError(f"{path}: the split is empty; write one picture name per line, without ending")
     if wrong := [name for name in ids if len(name.split()) > 1 or "/" in name or "\\" in name]:
-        raise ValueError(
-            f"{path}: expected one picture name per line, without folder or ending, got {_listed(wrong)}"
-        )
+        raise ValueError(f"{path}: expected one picture name per line, without folder or ending, got {_listed(wrong)}")
     return ids
 
 
@@ -90,9 +86,7 @@ def read_classes(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
         return default
     names = _names(path)
     if not 2 <= len(names) <= 255:
-        raise ValueError(
-            f"{path}: expected the background and 1 to 254 classes, one per line, got {len(names)} lines"
-        )
+        raise ValueError(f"{path}: expected the background and 1 to 254 classes, one per line, got {len(names)} lines")
     if wrong := [name for name in names if len(name.split()) > 1]:
         raise ValueError(f"{path}: class names may not hold spaces, got {_listed(wrong)}; use - or _")
     return tuple(names[1:])
@@ -101,11 +95,7 @@ def read_classes(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
 def _position(name: str, classes: tuple[str, ...], where: str) -> int:
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?"
-            if near
-            else f"the classes are {', '.join(classes)}"
-        )
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the classes are {', '.join(classes)}"
         raise ValueError(f"{where}: unknown class {name!r}; {hint}")
     return classes.index(name)
 
@@ -113,9 +103,7 @@ def _position(name: str, classes: tuple[str, ...], where: str) -> int:
 def read_table(path: Path, ids: list[str], classes: tuple[str, ...]) -> list[set[int]]:
     """Return the class positions of every picture in ``ids`` from ``labels.csv``; other rows may follow."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; write it with the header id,labels or choose other tags"
-        )
+        raise FileNotFoundError(f"{path}: no such file; write it with the header id,labels or choose other tags")
     present: dict[str, set[int]] = {}
     rows = csv.reader(_lines(path), strict=True)
     try:
@@ -131,9 +119,7 @@ def read_table(path: Path, ids: list[str], classes: tuple[str, ...]) -> list[set
                 raise ValueError(f"{where}: {name!r} has a row already; every id may occur once")
             present[name] = {_position(tag, classes, where) for tag in row[1].split()}
     except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {rows.line_num}: broken CSV ({error}); write the file again"
-        ) from error
+        raise ValueError(f"{path}, line {rows.line_num}: broken CSV ({error}); write the file again") from error
     if missing := [name for name in ids if name not in present]:
         raise ValueError(f"{path}: no row for {_listed(missing)} of the split; add it (labels may be empty)")
     return [present[name] for name in ids]
@@ -142,9 +128,7 @@ def read_table(path: Path, ids: list[str], classes: tuple[str, ...]) -> list[set
 def read_annotation(path: Path, classes: tuple[str, ...]) -> set[int]:
     """Return the class positions of the objects in a VOC XML file, difficult ones included."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; every picture of the split needs one with tags from XML"
-        )
+        raise FileNotFoundError(f"{path}: no such file; every picture of the split needs one with tags from XML")
     try:
         tree = ElementTree.parse(path)
     except ElementTree.ParseError as error:
@@ -177,9 +161,7 @@ def read_picture(folder: Path, name: str) -> NDArray[np.uint8]:
     paths = [folder / f"{name}{ending}" for ending in _ENDINGS]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise UnreadableFileError(
-            paths[0], "no such file, nor .jpeg or .png; add it or take it out of the split"
-        )
+        raise UnreadableFileError(paths[0], "no such file, nor .jpeg or .png; add it or take it out of the split")
     return np.array(_open(path).convert("RGB"), np.uint8)
 
 

@@ -118,9 +118,7 @@ class _World:
                 ]
             )
         sceneries = SCENERIES[:num_classes]
-        self.sceneries: tuple[Scenery, ...] = tuple(
-            sceneries[place] for place in rng.permutation(len(sceneries))
-        )
+        self.sceneries: tuple[Scenery, ...] = tuple(sceneries[place] for place in rng.permutation(len(sceneries)))
 
 
 def _body(hue: float, value: float, kind: str, period: float) -> Look:
@@ -357,9 +355,7 @@ class Scenes(Dataset[Sample]):
 
     def _caption(self, things: list[Thing], scenery: Scenery) -> str:
         kinds = [self._world.kinds[self._world.family[thing.label - 1]][thing.mode] for thing in things]
-        names = [
-            f"a {kind} {self.classes[thing.label - 1]}" for kind, thing in zip(kinds, things, strict=True)
-        ]
+        names = [f"a {kind} {self.classes[thing.label - 1]}" for kind, thing in zip(kinds, things, strict=True)]
         *many, last = dict.fromkeys(names)
         return f"a photo of {', '.join(many) + ' and ' if many else ''}{last} {scenery.phrase}"
 

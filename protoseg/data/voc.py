@@ -114,9 +114,7 @@ class VOCFolder(Dataset[Sample]):
         self.root = Path(root)
         self.split = split
         if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"{self.root}: no such folder; give the one which holds JPEGImages and ImageSets"
-            )
+            raise FileNotFoundError(f"{self.root}: no such folder; give the one which holds JPEGImages and ImageSets")
         self.ids = files.read_split(self.root, split)
         self.classes: tuple[str, ...] = files.read_classes(self.root / "classes.txt", VOC_CLASSES)
         self._masks = masks
@@ -142,9 +140,7 @@ class VOCFolder(Dataset[Sample]):
                 "(a picture turned by its EXIF orientation has to be turned back)",
             )
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        return Sample(
-            name, image, self.labels[index].clone(), None if mask is None else torch.from_numpy(mask)
-        )
+        return Sample(name, image, self.labels[index].clone(), None if mask is None else torch.from_numpy(mask))
 
     def _mask(self, name: str, *, missing_ok: bool = False) -> NDArray[np.uint8] | None:
         path = self._mask_dir / f"{name}.png"
@@ -219,9 +215,7 @@ def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
     return torch.from_numpy(files.read_mask(Path(path), num_classes))
 
 
-def save_mask(
-    path: str | os.PathLike[str], mask: Tensor | NDArray[np.uint8] | Sequence[Sequence[int]]
-) -> None:
+def save_mask(path: str | os.PathLike[str], mask: Tensor | NDArray[np.uint8] | Sequence[Sequence[int]]) -> None:
     """Write a mask as an 8-bit PNG in VOC's palette, wholly or not at all.
 
     The file is written under another name in the same folder and then renamed, so that a run that is stopped
@@ -248,13 +242,9 @@ def save_mask(
         raise ValueError(f"save_mask: path must end in .png (other formats change the indices), got {target}")
     array = np.asarray(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
-        raise ValueError(
-            f"save_mask: mask must be (H, W) of whole numbers, got {array.shape} of {array.dtype}"
-        )
+        raise ValueError(f"save_mask: mask must be (H, W) of whole numbers, got {array.shape} of {array.dtype}")
     if array.min() < 0 or array.max() > 255:
-        raise ValueError(
-            f"save_mask: mask must lie in 0..255, got values from {array.min()} to {array.max()}"
-        )
+        raise ValueError(f"save_mask: mask must lie in 0..255, got values from {array.min()} to {array.max()}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder; create it before saving masks")
     picture = files.pillow().fromarray(array.astype(np.uint8))
