@@ -106,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--lr", type=float)
     group = parser.add_argument_group("bank (see ContextPrototypeBank; defaults are its own)")
     group.add_argument("--weight", type=float, default=1.0, help="of the bank's loss")
-    group.add_argument("--start", type=float, default=0.5, help="share of the epochs before the bank's loss counts")
+    group.add_argument("--start", type=float, default=0.75, help="share of the epochs before the bank's loss counts")
     group.add_argument("--bank", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
     group = parser.add_argument_group("masks and segmentation")
     group.add_argument("--seed-map", choices=MAPS, help="map of the pseudo masks (default: pacam, or cam with 'none')")
@@ -264,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if test.classes != pictures.classes:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
-    cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained).to(accelerator.device)
+    cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained)
+    cam = cam.to(accelerator.device, memory_format=torch.channels_last)  # a quarter less time on a CPU
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **bank_options(args.bank)).to(accelerator.device)
     net = Network(cam, bank)
     progress = Progress(args, accelerator, began)

@@ -1,18 +1,32 @@
 """The support bank's memory: writing instances into the rings and clustering the rings into contexts.
 
-The update is one custom operator, opaque to ``torch.compile``: whether a step refreshes the contexts depends on a
-counter in the state, which a traced graph cannot branch on.
+Copying the state and updating it are custom operators, opaque to ``torch.compile``: whether a step refreshes the
+contexts depends on a counter in the state, which a traced graph cannot branch on.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from protoseg import _distributed
 from protoseg.functional import kmeans, mean_of, prototype_shift
+
+
+@torch.library.custom_op("protoseg::snapshot", mutates_args=())
+def snapshot(
+    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy what forward and backward read of the state, before the update changes it in place.
+
+    An operator of its own because a compiler may drop a plain copy, or put it off until the backward pass.
+    """
+    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone()
+
+
+@snapshot.register_fake
+def _(contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone()
 
 
 @torch.library.custom_op(
@@ -31,7 +45,8 @@ def update_bank(
     centre: Tensor,
     step: Tensor,
     refresh_every: int,
-    sizes: list[int],
+    num_contexts: int,
+    background_contexts: int,
 ) -> None:
     """Store the instances of all ranks, count the step and, when it is due, refresh the contexts.
 
@@ -47,11 +62,12 @@ def update_bank(
         centre: ``[D]``.
         step: ``[]`` int64, updates so far.
         refresh_every: Contexts are refreshed in the first update and every so many after it.
-        sizes: Contexts of a class and of background.
+        num_contexts: Of a class.
+        background_contexts: Of background, 0 where it has no bank.
     """
     push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, count)
     if int(step) % refresh_every == 0:
-        refresh(bank, count, contexts, context_valid, shift, centre, sizes)
+        refresh(bank, count, contexts, context_valid, shift, centre, num_contexts, background_contexts)
     step += 1
 
 
@@ -68,7 +84,8 @@ def _(
     centre: Tensor,
     step: Tensor,
     refresh_every: int,
-    sizes: list[int],
+    num_contexts: int,
+    background_contexts: int,
 ) -> None:
     return None
 
@@ -104,7 +121,8 @@ def refresh(
     context_valid: Tensor,
     shift: Tensor,
     centre: Tensor,
-    sizes: Sequence[int],
+    num_contexts: int,
+    background_contexts: int,
 ) -> None:
     """Cluster every ring into contexts and measure each class's shift and the centre, in place.
 
@@ -116,7 +134,8 @@ def refresh(
         shift: ``[R, D]``.
         centre: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
             0 while one of them has none, or where background has no row.
-        sizes: Contexts of a class and, where the last row is background, of background.
+        num_contexts: Of a class.
+        background_contexts: Of background, which then has the last row; 0 where it has none.
     """
     # Rings fill from place 0: places that no class has reached yet need not be looked at.
     filled = max(1, int(count.max()))
@@ -124,13 +143,13 @@ def refresh(
     stored = torch.arange(filled, device=bank.device) < count.unsqueeze(-1)
     contexts.zero_()
     context_valid.zero_()
-    parts = (slice(None),) if len(sizes) == 1 else (slice(-1), slice(-1, None))
-    for part, size in zip(parts, sizes, strict=True):
-        clusters = kmeans(points[part], stored[part], num_clusters=size)
-        contexts[part, :size] = clusters.centres
-        context_valid[part, :size] = clusters.valid
+    classes = len(bank) - (background_contexts > 0)
+    for part, size in ((slice(classes), num_contexts), (slice(classes, None), background_contexts)):
+        if size:
+            clusters = kmeans(points[part], stored[part], num_clusters=size)
+            contexts[part, :size], context_valid[part, :size] = clusters.centres, clusters.valid
     shift.copy_(prototype_shift(contexts, context_valid, points, stored))
-    if len(parts) == 2:
+    if background_contexts:
         means, known = mean_of(points, stored), count > 0
         between = (mean_of(means[:-1], known[:-1]) + means[-1]) / 2
         centre.copy_(between * (known[:-1].any() & known[-1]))

@@ -103,7 +103,7 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
     for k in range(num_clusters):
         cumulative = nearest.cumsum(-1)
         steps = torch.arange(candidates, device=points.device, dtype=points.dtype)
-        draws = (0.5 + 0.6180339887 * (k * candidates + steps)) % 1.0
+        draws = 0.6180339887 * (k * candidates + steps + 1) % 1.0
         target = draws * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target.contiguous(), right=True).clamp_max(points.shape[1] - 1)
         trial = points[rows, drawn]
@@ -112,7 +112,9 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
         distance = distance.clamp_min(0.0) * weights.unsqueeze(-1)
         if k:
             distance = torch.minimum(distance, nearest.unsqueeze(-1))
-        best = distance.sum(1).argmin(-1, keepdim=True)
+        total = distance.sum(1)
+        # The first of those that are as good as the best: of equals rounding must not choose.
+        best = (total <= 1.00001 * total.amin(-1, keepdim=True)).int().argmax(-1, keepdim=True)
         centres[:, k] = trial[rows, best].squeeze(1)
         nearest = distance.gather(-1, best.unsqueeze(1).expand(-1, points.shape[1], -1)).squeeze(-1)
     return centres

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import _checks
-from protoseg._bank import refresh, update_bank
+from protoseg._bank import refresh, snapshot, update_bank
 from protoseg._numeric import unit
 from protoseg.cam import with_background
 from protoseg.functional import (
@@ -70,7 +70,8 @@ class _State(NamedTuple):
 class ContextPrototypeBank(nn.Module):
     r"""A memory of instance prototypes that turns a CAM into a prototype-aware CAM and a loss between the two.
 
-    For each present class :math:`n` of an image with features :math:`F` and max-normalised CAM :math:`M`:
+    For each present class :math:`n` of an image with features :math:`F` and max-normalised CAM :math:`M`
+    (:func:`protoseg.functional.max_normalize`: its maximum counts as a constant in the gradient):
 
     1. Instance prototype: :math:`P_n` = mean of :math:`F(j)` over the pixels with :math:`M_n(j) > \tau`; a class
        without such a pixel is not valid. Background's is the mean over the pixels where no present class reaches
@@ -202,7 +203,7 @@ class ContextPrototypeBank(nn.Module):
                 f"{me}: top_k must lie between 1 and num_contexts={num_contexts}, got {top_k}; "
                 "lower top_k or raise num_contexts"
             )
-        self._sizes = [num_contexts, background_contexts] if background == "contexts" else [num_contexts]
+        self._sizes = (num_contexts, background_contexts if background == "contexts" else 0)
         if capacity < max(self._sizes):
             raise ValueError(
                 f"{me}: capacity must be at least {max(self._sizes)}, the contexts that are made of a ring, "
@@ -271,9 +272,9 @@ class ContextPrototypeBank(nn.Module):
         )
 
     def _snapshot(self, dtype: torch.dtype) -> _State:
-        origin = self.centre.to(dtype) * self.centred
-        contexts = self.contexts.to(dtype) - origin
-        return _State(contexts, self.context_valid.clone(), self.shift.to(dtype, copy=True), origin)
+        contexts, exists, shift, centre = snapshot(self.contexts, self.context_valid, self.shift, self.centre)
+        origin = centre.to(dtype) * self.centred
+        return _State(contexts.to(dtype) - origin, exists, shift.to(dtype), origin)
 
     def _directions(self, instances: Tensor, valid: Tensor, state: _State) -> tuple[Tensor, Tensor, Tensor]:
         """Weigh the contexts of every row for every image.
@@ -330,12 +331,12 @@ class ContextPrototypeBank(nn.Module):
             self.centre,
             self.step,
             self.refresh_every,
-            self._sizes,
+            *self._sizes,
         )
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, self._sizes)
+        refresh(self.bank, self.count, self.contexts, self.context_valid, self.shift, self.centre, *self._sizes)
 
     def reset_parameters(self) -> None:
         """Empty the bank and forget the contexts."""

@@ -272,7 +272,7 @@ def prototype_shift(contexts: Tensor, valid: Tensor, instances: Tensor, stored: 
     return (mean_of(contexts, valid) - mean_of(instances, stored)) * both
 
 
-def judge(foreground: Tensor, background: Tensor, sharpness: float = 1.0) -> Tensor:
+def judge(foreground: Tensor, background: Tensor, sharpness: float = 3.0) -> Tensor:
     r"""Judge a foreground score against the background's, on a scale where 1/2 is undecided.
 
     .. math:: \tilde M_c(j) = \mathrm{clamp}\bigl(\kappa\,(s_c(j) - s_0(j)) + \tfrac12,\ 0,\ 1\bigr)

@@ -1,93 +1,38 @@
-"""The trainer, end to end on tiny pictures: results, resumption, folders, faults, two processes."""
+"""The trainer end to end: what it finds, writes and refuses."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-import signal
+import pickle
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 
-pytest.importorskip("accelerate", reason="the extra examples is not installed")
-pytest.importorskip("segmentation_models_pytorch", reason="the extra examples is not installed")
-
-import common
-import cpal_stages
-import train_cpal
-
-from protoseg.data import UnreadableFileError
 from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder, save_mask, voc_palette
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "train_cpal.py"
-MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"
-MAPS = {"cam", "instance", "pacam"}
-TINY = ["--device", "cpu", "--size", "48", "--crop", "48", "--backbone", "small:8", "--segmentation-epochs", "1"]
-SCENES = [*TINY, "--train-scenes", "24", "--eval-scenes", "6", "--epochs", "2", "--batch", "8"]
-SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONHASHSEED": "7", "TQDM_DISABLE": "1"}
-
-
-def run(output: Path, *flags: str) -> dict[str, Any]:
-    """Run the trainer in this process and return what it wrote to ``metrics.json``."""
-    train_cpal.main([*SCENES, "--output", str(output), *flags])
-    return read(output)
-
-
-def read(output: Path, name: str = "metrics.json") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / name).read_text(encoding="utf-8"))
-    return found
-
-
-def findings(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What equal runs have in common."""
-    return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_mb")}
-
-
-def checkpoint(output: Path, name: str = "classify") -> dict[str, Any]:
-    return common.load_checkpoint(output / "checkpoint" / f"{name}.pt")
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    """The same structure and bitwise the same tensors and numbers."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b or (a != a and b != b)  # NaN is NaN
-
-
-def masks(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    return {path.stem: np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))}
-
-
-def miou(predicted: list[np.ndarray[Any, Any]], truth: list[np.ndarray[Any, Any]], classes: int) -> float:
-    """VOC's mean IoU by scikit-learn's confusion matrix."""
-    flat, true = np.concatenate([m.ravel() for m in predicted]), np.concatenate([m.ravel() for m in truth])
-    matrix = confusion_matrix(true[true != 255], flat[true != 255], labels=range(classes + 1))
-    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    return float(np.mean(matrix.diagonal()[union > 0] / union[union > 0]))
+from protoseg.data.voc import voc_palette
+from tests.trainer import (
+    SCENES,
+    SCRIPT,
+    assert_equal,
+    assert_maps,
+    checkpoint,
+    common,
+    cpal_stages,
+    findings,
+    masks,
+    miou,
+    read,
+    run,
+    train_cpal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +41,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished")
     run(output)
     return output
-
-
-# results
-
-
-def assert_maps(maps: Any, names: tuple[str, ...]) -> None:
-    assert set(maps) == {"train", "eval"}
-    for split in maps.values():
-        assert set(split) == MAPS
-        for entry in split.values():
-            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free"}
-            assert 0 <= entry["miou_mask_free"] <= entry["miou"] <= 1
-            assert 0 <= entry["threshold"] <= 1
-            assert 0 <= entry["threshold_mask_free"] <= 1
-            assert tuple(entry["per_class"]) == names
-            known = [value for value in entry["per_class"].values() if value is not None]
-            assert entry["miou"] == pytest.approx(sum(known) / len(known))
 
 
 def test_metrics_have_the_documented_form(finished: Path) -> None:
@@ -265,6 +193,16 @@ def test_order_and_crops_depend_on_seed_epoch_and_picture_only() -> None:
     assert not torch.equal(crops[0]["images"], here[0])
 
 
+def test_crops_can_go_to_a_process_that_reads() -> None:
+    """Also one that is not a fork, to which the data set is pickled."""
+    args = train_cpal.parse([])
+    masks_of = (partial(cpal_stages.pseudo_mask, args=args), cpal_stages.true_mask)
+    for crops in (common.Crops(common.Pictures(Scenes(2, size=32)), 32, seed=0, masks=each) for each in masks_of):
+        again = pickle.loads(pickle.dumps(crops))
+        assert len(again) == 2
+    assert_equal(again[1], crops[1])
+
+
 def test_a_crop_s_mask_goes_with_its_picture() -> None:
     """A mask that is a function of the picture stays one under cropping, resizing and mirroring."""
     pictures = common.Pictures(Scenes(3, size=64))
@@ -282,141 +220,6 @@ def test_a_crop_s_mask_goes_with_its_picture() -> None:
     assert whole[0]["images"].shape == (3, 64, 64)
 
 
-# resumption
-
-
-def start(output: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), *SCENES, "--output", str(output), *flags]
-    return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
-
-
-def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[1]!r}"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-LONG = ("--epochs", "12", "--segmentation-epochs", "12")
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("unbroken")
-    run(output, *LONG)
-    return output
-
-
-@pytest.mark.parametrize("stage", ["classify", "segment"])
-def test_a_killed_run_resumes_bit_for_bit(stage: str, unbroken: Path, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint" / f"{stage}.pt"
-    process = start(tmp_path, *LONG)
-    kill_when(process, path.exists)
-    epoch = checkpoint(tmp_path, stage)["epoch"]
-    assert 1 <= epoch < 12
-    assert not (tmp_path / "metrics.json").exists()
-    with pytest.MonkeyPatch.context() as patch:
-        forward: list[str] = []
-        real = train_cpal.train
-        patch.setattr(train_cpal, "train", lambda name, *rest: forward.append(name) or real(name, *rest))
-        metrics = run(tmp_path, *LONG, "--resume")
-    assert forward == (["classify", "segment"] if stage == "classify" else ["segment"])
-    assert findings(metrics) == findings(read(unbroken))
-    for name in ("classify", "segment"):
-        assert_equal(checkpoint(tmp_path, name), checkpoint(unbroken, name))
-    assert not list((tmp_path / "checkpoint").glob(".*"))  # what a killed process was writing
-
-
-def test_a_finished_run_resumes_at_once_and_keeps_its_findings(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    before = checkpoint(tmp_path)
-    metrics = run(tmp_path, "--resume")
-    assert findings(metrics) == findings(read(finished))
-    assert_equal(checkpoint(tmp_path), before)
-
-
-def test_resume_without_a_run_begins_one(finished: Path, tmp_path: Path) -> None:
-    run(tmp_path, "--resume", "--stages", "classify")
-    assert_equal(checkpoint(tmp_path), checkpoint(finished))
-
-
-def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    with pytest.raises(SystemExit, match=r"holds a run with other flags: epochs was 2 and is 3; give the same flags"):
-        run(finished, "--resume", "--epochs", "3")
-    with pytest.raises(SystemExit, match=r"seed was 0 and is 1, bank was \[\] and is \['top_k=1'\]"):
-        run(finished, "--stages", "seeds", "--seed", "1", "--bank", "top_k=1")
-    with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
-        run(finished, "--stages", "segment", "--threshold", "0.3")
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-
-
-def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    metrics = run(tmp_path, "--stages", "refine", "--threshold", "0.9", "--refine", "none", "--seed-map", "cam")
-    assert metrics["pseudo_masks"]["train"]["threshold"] == 0.9
-    assert metrics["pseudo_masks"]["train"]["map"] == "cam"
-    assert metrics["maps"] == read(finished)["maps"]
-    assert metrics["segmentation"] == {}  # that of other masks
-    assert read(tmp_path, "config.json")["threshold"] == "0.9"
-    assert not (tmp_path / "checkpoint" / "segment.pt").exists()
-    expected = {}
-    for name in Scenes(24, seed=0, size=48).ids:
-        maps = cpal_stages.read_seeds(train_cpal.parse(["--output", str(tmp_path)]), name)["cam"]
-        scores = torch.nn.functional.interpolate(maps[None].float(), (48, 48), mode="bilinear")[0]
-        expected[name] = int((scores.amax(0) >= 0.9).sum())
-    found = {name: int((mask > 0).sum()) for name, mask in masks(tmp_path / "pseudo_masks").items()}
-    assert sum(abs(found[name] - expected[name]) for name in expected) <= 0.002 * 48 * 48 * 24
-
-
-def test_a_run_anew_leaves_nothing_of_the_old_one(finished: Path, tmp_path: Path) -> None:
-    """Not even a finished segmentation network that a later --resume would take for its own."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    run(tmp_path, "--stages", "classify", "--train-scenes", "16")
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        *("classify.pt", "config.json", "metrics.json", "progress.json", "report.html"),
-    ]
-    assert read(tmp_path)["maps"] == {}
-
-
-def test_a_folder_of_someone_else_s_files_keeps_them(tmp_path: Path) -> None:
-    (tmp_path / "pseudo_masks").mkdir()
-    (tmp_path / "pseudo_masks" / "mine.png").write_bytes(b"mine")
-    run(tmp_path, "--stages", "classify")
-    assert (tmp_path / "pseudo_masks" / "mine.png").read_bytes() == b"mine"
-
-
-def test_a_stage_needs_the_ones_before_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"--stages: \['refine'\] need what 'classify' leaves in .*; run it first"):
-        run(tmp_path, "--stages", "refine")
-    run(tmp_path, "--stages", "classify")
-    with pytest.raises(SystemExit, match="need what 'seeds' leaves"):
-        run(tmp_path, "--stages", "refine")
-
-
-def test_a_ceiling_can_be_asked_for_later(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    metrics = run(tmp_path, "--resume", "--ceiling")
-    before = read(finished)
-    ceiling = metrics["segmentation"]["eval"].pop("ceiling")
-    assert 0 <= ceiling <= 1
-    assert findings(metrics) == findings(before)
-
-
-def test_a_picture_without_a_mask_does_not_stop_the_ceiling() -> None:
-    sample = Scenes(1, size=32)[0]
-    assert sample.mask is not None
-    assert cpal_stages.true_mask(sample) is sample.mask
-    assert cpal_stages.true_mask(sample._replace(mask=None)).unique().tolist() == [255]
-
-
-# flags
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -427,7 +230,6 @@ def test_a_picture_without_a_mask_does_not_stop_the_ceiling() -> None:
         (["--crop", "31"], "--crop: the segmentation network needs at least 32 pixels, got 31"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--train-scenes", "0"], "--train-scenes: expected at least 1, got 0"),
-        (["--device", "abacus"], "--device: accelerate found cpu, not abacus"),
         (["--bank", "top_k"], "--bank: expected NAME=VALUE, got 'top_k'"),
     ],
 )
@@ -436,6 +238,17 @@ def test_flags_that_cannot_work_stop_at_once(flags: list[str], message: str, tmp
     with pytest.raises(SystemExit, match=message):
         run(output, *flags)
     assert not output.exists()
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of the runs before
+    try:
+        with pytest.raises(SystemExit, match=r"--device: accelerate found \w+.*, not abacus; say 'auto' or 'cpu'"):
+            run(tmp_path, "--device", "abacus")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_unknown_refiner_stops_at_once(tmp_path: Path) -> None:
@@ -472,244 +285,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         common.write_json(path, {"a": object()})
     assert path.read_text() == "1\n"
     assert [each.name for each in path.parent.iterdir()] == ["a.json"]
-
-
-# folders
-
-
-CLASSES = ("disc", "bar")
-
-
-def draw(root: Path, name: str, tag: int, generator: np.random.Generator, *, mask: bool = True) -> None:
-    """Write a picture of 40 x 56 with one object on it."""
-    pixels = generator.integers(0, 90, (40, 56, 3), dtype=np.uint8)
-    truth = np.zeros((40, 56), np.uint8)
-    y, x = generator.integers(4, 16), generator.integers(4, 28)
-    truth[y : y + (20 if tag == 1 else 8), x : x + 20] = tag
-    pixels[truth == tag, tag] = 230
-    Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
-    if mask:
-        truth[0] = 255
-        save_mask(root / "SegmentationClass" / f"{name}.png", truth)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str = "data", *, classes: tuple[str, ...] = CLASSES, masks: bool = True) -> Path:
-        root, generator = tmp_path / name, np.random.default_rng(0)
-        for each in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-            (root / each).mkdir(parents=True)
-        ids = [f"p{index}" for index in range(14)]
-        for index, each in enumerate(ids):
-            draw(root, each, 1 + index % 2, generator, mask=masks)
-        (root / "classes.txt").write_text("\n".join(("background", *classes)) + "\n")
-        rows = [f"{each},{classes[index % 2]}" for index, each in enumerate(ids)]
-        (root / "labels.csv").write_text("\n".join(("id,labels", *rows)) + "\n")
-        (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:10]) + "\n")
-        (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[10:]) + "\n")
-        return root
-
-    return make
-
-
-def on(root: Path, *flags: str) -> list[str]:
-    settings = [*TINY, "--preset", "scenes", "--epochs", "2", "--batch", "5", "--data", str(root)]
-    return [*settings, "--output", str(root.parent / "out"), *flags]
-
-
-def test_a_folder_runs_through(folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = folder()
-    train_cpal.main(on(root, "--method", "none", "--threshold", "sweep", "--workers", "1"))
-    metrics = read(tmp_path / "out")
-    assert_maps(metrics["maps"], ("background", *CLASSES))
-    found = masks(tmp_path / "out" / "pseudo_masks")
-    ids = VOCFolder(root, "train").ids
-    assert set(found) == set(ids)
-    assert {mask.shape for mask in found.values()} == {(40, 56)}
-    truth = masks(root / "SegmentationClass")
-    pseudo = metrics["pseudo_masks"]["train"]
-    assert pseudo["miou"] == pytest.approx(miou([found[name] for name in ids], [truth[name] for name in ids], 2))
-    assert pseudo["map"] == "cam"
-    assert pseudo["threshold"] == metrics["maps"]["train"]["cam"]["threshold"]
-
-
-def test_evaluation_pictures_of_another_folder(folder: Callable[..., Path], tmp_path: Path) -> None:
-    root, other = folder(), folder("other")
-    (root / "ImageSets/Segmentation/val.txt").unlink()
-    (other / "SegmentationClass" / "p12.png").unlink()  # one without a mask: left out of the score
-    flags = ("--eval-data", str(other), "--stages", "classify", "seeds")
-    train_cpal.main(on(root, *flags))
-    assert_maps(read(tmp_path / "out")["maps"], ("background", *CLASSES))
-
-
-def test_evaluation_pictures_of_other_classes_are_an_error(folder: Callable[..., Path]) -> None:
-    root, other = folder(), folder("other", classes=("disc", "rod"))
-    with pytest.raises(SystemExit, match=r"--eval-data: its classes \('disc', 'rod'\) are not .*\('disc', 'bar'\)"):
-        train_cpal.main(on(root, "--eval-data", str(other)))
-
-
-def test_without_masks_there_are_pseudo_masks_and_thresholds(folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = folder(masks=False)
-    train_cpal.main(on(root))
-    metrics = read(tmp_path / "out")
-    for split in ("train", "eval"):
-        for entry in metrics["maps"][split].values():
-            assert entry["miou"] is entry["threshold"] is entry["miou_mask_free"] is None
-            assert entry["per_class"] == {}
-            assert 0 < entry["threshold_mask_free"] < 1
-    assert metrics["pseudo_masks"]["train"]["miou"] is None
-    assert metrics["pseudo_masks"]["train"]["pictures"] == {}
-    assert metrics["segmentation"]["eval"]["miou"] is None
-    assert len(masks(tmp_path / "out" / "pseudo_masks")) == 10
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") >= 6 * 4  # there is something to see all the same
-    train_cpal.main(on(root, "--resume"))  # from what was null in JSON
-    assert findings(read(tmp_path / "out")) == findings(metrics)
-
-
-def test_a_sweep_needs_masks(folder: Callable[..., Path]) -> None:
-    with pytest.raises(SystemExit, match="--threshold sweep: the training pictures have no masks; take otsu"):
-        train_cpal.main(on(folder(masks=False), "--threshold", "sweep", "--stages", "classify", "seeds", "refine"))
-
-
-def test_a_broken_picture_stops_with_its_path_or_is_left_out(folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = folder()
-    broken = {"train": root / "JPEGImages" / "p3.jpg", "eval": root / "JPEGImages" / "p11.jpg"}
-    for path in broken.values():
-        path.write_bytes(path.read_bytes()[:700])
-    flags = ("--stages", "classify", "seeds", "refine")
-    with pytest.raises(UnreadableFileError, match=rf"{broken['train']}: cannot be read"):
-        train_cpal.main(on(root, *flags))
-    train_cpal.main(on(root, *flags, "--skip-broken", "--resume"))
-    metrics = read(tmp_path / "out")
-    assert {split: list(each) for split, each in metrics["broken"].items()} == {"train": ["p3"], "eval": ["p11"]}
-    for split, path in broken.items():
-        assert str(path) in next(iter(metrics["broken"][split].values()))
-    assert set(masks(tmp_path / "out" / "pseudo_masks")) == {f"p{index}" for index in range(10)} - {"p3"}
-
-
-def test_a_broken_picture_in_a_reader_process_is_named(folder: Callable[..., Path]) -> None:
-    root = folder()
-    path = root / "JPEGImages" / "p3.jpg"
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UnreadableFileError, match=rf"{path}: cannot be read"):
-        train_cpal.main(on(root, "--workers", "1", "--stages", "classify"))
-
-
-def test_when_every_picture_is_broken(folder: Callable[..., Path]) -> None:
-    root = folder()
-    for path in (root / "JPEGImages").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="--skip-broken: all 10 pictures are broken, the first: "):
-        train_cpal.main(on(root, "--skip-broken"))
-
-
-def test_an_empty_split_and_a_missing_folder_or_split(folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = folder()
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"):
-        train_cpal.main(on(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"test.txt: no such split; the splits there are train, val"):
-        train_cpal.main(on(root, "--eval-split", "test"))
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"train.txt: the split is empty"):
-        train_cpal.main(on(root))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_data_set_that_is_too_large_to_hold_is_read_again() -> None:
-    scenes = Scenes(5, size=32)
-    held, read_again = common.Pictures(scenes), common.Pictures(scenes, keep=4)
-    assert held[1] is held[1]
-    assert read_again[1] is not read_again[1]
-    assert [each.id for each in read_again] == held.ids == scenes.ids
-
-
-@pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs {MSRC15.name} beside the repository")
-def test_real_pictures(tmp_path: Path) -> None:
-    flags = ["--stages", "classify", "seeds", "--epochs", "1", "--batch", "8", "--output", str(tmp_path)]
-    train_cpal.main([*TINY, "--data", str(MSRC15), "--preset", "scenes", *flags])
-    metrics = read(tmp_path)
-    assert_maps(metrics["maps"], ("background", *VOCFolder(MSRC15, "train").classes))
-    assert metrics["pseudo_masks"] == {"train": {}}
-    assert metrics["broken"] == {"train": {}, "eval": {}}
-
-
-# two processes
-
-
-WATCH = """
-import sys
-import torch
-import cpal_stages, train_cpal
-
-out, argv = sys.argv[1], sys.argv[2:]
-real = {"train": train_cpal.train, "seeds": train_cpal.seeds}
-
-def train(name, model, crops, loss_of, epochs, args, accelerator, modules):
-    history = real["train"](name, model, crops, loss_of, epochs, args, accelerator, modules)
-    torch.save({"model": model.state_dict(), **{key: each.state_dict() for key, each in modules.items()}},
-               f"{out}/{name}-{accelerator.process_index}.pt")
-    return history
-
-def seeds(net, splits, args, accelerator):
-    found = real["seeds"](net, splits, args, accelerator)
-    torch.save({"bank": net.bank.state_dict(), "found": found}, f"{out}/seeds-{accelerator.process_index}.pt")
-    return found
-
-train_cpal.train, train_cpal.seeds = train, seeds
-train_cpal.main(argv)
-"""
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """What two processes wrote, and what each of them held; 23 and 5 pictures cannot be shared evenly."""
-    watched, output = tmp_path_factory.mktemp("watched"), tmp_path_factory.mktemp("pair")
-    script = watched / "watch.py"
-    script.write_text(WATCH)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    flags = [*SCENES, "--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1"]
-    environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(SCRIPT.parent)}
-    command = [*launch, str(watched), *flags, "--output", str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return watched, output
-
-
-def test_two_processes_hold_the_same(pair: tuple[Path, Path]) -> None:
-    watched, output = pair
-    for name in ("classify", "seeds", "segment"):
-        first, second = (torch.load(watched / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
-        assert_equal(first, second)
-        if name != "seeds":
-            assert_equal({key: checkpoint(output, name)[key] for key in first}, first)
-    # 23 pictures at 2 x 4 a step are 2 steps an epoch, for the bank as well, and it took in the pictures of both.
-    assert int(checkpoint(output)["bank"]["step"]) == 4
-    tags = Scenes(24, seed=0, size=48)
-    assert int(checkpoint(output)["bank"]["count"][:-1].sum()) <= 2 * sum(int(tags[i].labels.sum()) for i in range(23))
-
-
-def test_two_processes_score_every_picture_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """From the same weights and in another order of the bank's instances, but with the same counts."""
-    _, output = pair
-    scenes = Scenes(23, seed=0, size=48)
-    found = masks(output / "pseudo_masks")
-    assert list(found) == scenes.ids
-    assert sorted(path.stem for path in (output / "seeds").iterdir()) == scenes.ids
-    metrics = read(output)
-    pseudo = metrics["pseudo_masks"]["train"]
-    assert list(pseudo["pictures"]) == scenes.ids
-    truth = [sample.mask.numpy() for sample in map(scenes.__getitem__, range(23)) if sample.mask is not None]
-    assert pseudo["miou"] == pytest.approx(miou(list(found.values()), truth, 8))
-
-    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
-    flags = ("--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1")
-    alone = run(tmp_path, *flags, "--stages", "seeds", "refine", "segment")
-    # What does not depend on the bank agrees to the last pixel.
-    assert alone["maps"]["train"]["cam"] == metrics["maps"]["train"]["cam"]
-    assert alone["maps"]["eval"]["cam"] == metrics["maps"]["eval"]["cam"]
-    assert alone["maps"]["eval"]["instance"] == metrics["maps"]["eval"]["instance"]
-    assert alone["segmentation"]["eval"]["all_background"] == metrics["segmentation"]["eval"]["all_background"]
-    for split in ("train", "eval"):
-        gap = alone["maps"][split]["pacam"]["miou"] - metrics["maps"][split]["pacam"]["miou"]
-        assert abs(gap) < 0.05

@@ -114,6 +114,17 @@ def test_classes_do_not_mix() -> None:
         torch.testing.assert_close(alone, type(alone)(*(value[c : c + 1] for value in together)))
 
 
+def test_rounding_does_not_choose_between_equally_good_seeds() -> None:
+    # Of two points each is as good a first seed as the other.
+    pairs = torch.randn(100, 2, 8)
+    padding = torch.zeros(100, 5, 8)
+    valid = torch.arange(7).expand(100, 7) < 2
+    plain, exact = kmeans(pairs, num_clusters=2), kmeans(pairs.double(), num_clusters=2)
+    padded = kmeans(torch.cat([pairs, padding], 1), valid, num_clusters=2)
+    assert torch.equal(plain.assignment, exact.assignment)
+    assert torch.equal(plain.assignment, padded.assignment[:, :2])
+
+
 @pytest.mark.parametrize("rubbish", [1e6, math.nan, math.inf])
 def test_points_that_are_not_valid_count_for_nothing(rubbish: float) -> None:
     points, valid = torch.randn(1, 12, 4).double(), torch.arange(12)[None] % 3 > 0

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPEED = Path(__file__).resolve().parents[1] / "benchmarks" / "speed.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What a quick run of the speed benchmark writes, in a process of its own because it sets the thread counts."""
+    for package in ("timm", "sklearn"):
+        pytest.importorskip(package, reason=f"the speed benchmark needs {package}")
+    output = tmp_path_factory.mktemp("speed") / "results"
+    command = [sys.executable, "-W", "error", str(SPEED), "--quick", "--threads", "1", "--output", str(output)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    page = (output / "speed.md").read_text(encoding="utf-8")
+    return json.loads((output / "speed.json").read_text(encoding="utf-8")), page
+
+
+def measured(value: Any) -> Iterator[dict[str, Any]]:
+    """Every measured number in ``value``, however deep."""
+    if isinstance(value, dict) and "median" in value:
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from measured(part)
+
+
+def test_json_has_every_section(results: tuple[dict[str, Any], str]) -> None:
+    found, _ = results
+    keys = {"environment", "quick", "sizes", "step", "oracle", "kmeans", "growth", "goals", "seconds"}
+    assert set(found) == keys
+    assert found["quick"]
+    assert {"versions", "cpu_count", "torch_threads", "device", "dtype"} <= set(found["environment"])
+    assert {"torch", "timm", "scikit-learn", "protoseg"} <= set(found["environment"]["versions"])
+    assert found["environment"]["torch_threads"] == 1
+    assert {"batch", "features", "refresh_every"} <= set(found["step"]["sizes"])
+    assert len(found["goals"]) == 4
+    for goal in found["goals"]:
+        assert {"what", "goal", "measured", "met"} == set(goal)
+
+
+def test_every_number_has_a_spread(results: tuple[dict[str, Any], str]) -> None:
+    rows = list(measured(results[0]))
+    assert len(rows) == 10 + 3 + 3 * 5 + 2
+    for row in rows:
+        assert math.isfinite(row["median"])
+        assert 0 < row["q1"] <= row["median"] <= row["q3"]
+        assert row["repeats"] >= 2
+
+
+def test_bank_and_loops_compute_the_same(results: tuple[dict[str, Any], str]) -> None:
+    assert results[0]["oracle"]["largest_difference"] < 1e-4
+
+
+def test_growth_counts_the_state(results: tuple[dict[str, Any], str]) -> None:
+    for one in results[0]["growth"]:
+        rows, dim = one["classes"] + 1, results[0]["sizes"]["growth_shape"][1]
+        assert one["state_bytes"] >= 4 * rows * one["capacity"] * dim
+        assert one["peak_bytes"] >= 0
+
+
+def test_page_says_what_was_measured(results: tuple[dict[str, Any], str]) -> None:
+    found, page = results
+    for section in ("step", "oracle", "kmeans"):
+        for row in found[section]["rows"]:
+            assert f"| {row['what']} | " in page
+    for goal in found["goals"]:
+        assert f"| {goal['what']} | {goal['goal']} | " in page
+    for words in ("--quick", "1 threads", "float32", f"torch {found['environment']['versions']['torch']}"):
+        assert words in page
+    for sizes in (found["step"]["sizes"]["features"], found["oracle"]["sizes"]["features"]):
+        assert str(sizes) in page
+    assert f"| {found['growth'][0]['classes']} | {found['growth'][0]['capacity']} | " in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {5, 11}, "tables of four and of ten columns"
+
+
+def test_page_names_no_machine_and_no_folder(results: tuple[dict[str, Any], str]) -> None:
+    assert str(SPEED.parents[1]) not in json.dumps(results[0]) + results[1]
+    assert platform.node() not in results[1] or len(platform.node()) < 4

@@ -1,0 +1,174 @@
+"""The trainer on VOC-layout folders, and on faulty ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoseg.data import UnreadableFileError
+from protoseg.data.scenes import Scenes
+from protoseg.data.voc import VOCFolder, save_mask
+from tests.trainer import TINY, assert_maps, common, findings, masks, miou, read, train_cpal
+
+MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"
+
+
+CLASSES = ("disc", "bar")
+
+
+def draw(root: Path, name: str, tag: int, generator: np.random.Generator, *, mask: bool = True) -> None:
+    """Write a picture of 40 x 56 with one object on it."""
+    pixels = generator.integers(0, 90, (40, 56, 3), dtype=np.uint8)
+    truth = np.zeros((40, 56), np.uint8)
+    y, x = generator.integers(4, 16), generator.integers(4, 28)
+    truth[y : y + (20 if tag == 1 else 8), x : x + 20] = tag
+    pixels[truth == tag, tag] = 230
+    Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
+    if mask:
+        truth[0] = 255
+        save_mask(root / "SegmentationClass" / f"{name}.png", truth)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str = "data", *, classes: tuple[str, ...] = CLASSES, masks: bool = True) -> Path:
+        root, generator = tmp_path / name, np.random.default_rng(0)
+        for each in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (root / each).mkdir(parents=True)
+        ids = [f"p{index}" for index in range(14)]
+        for index, each in enumerate(ids):
+            draw(root, each, 1 + index % 2, generator, mask=masks)
+        (root / "classes.txt").write_text("\n".join(("background", *classes)) + "\n")
+        rows = [f"{each},{classes[index % 2]}" for index, each in enumerate(ids)]
+        (root / "labels.csv").write_text("\n".join(("id,labels", *rows)) + "\n")
+        (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:10]) + "\n")
+        (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(ids[10:]) + "\n")
+        return root
+
+    return make
+
+
+def on(root: Path, *flags: str) -> list[str]:
+    settings = [*TINY, "--preset", "scenes", "--epochs", "2", "--batch", "5", "--data", str(root)]
+    return [*settings, "--output", str(root.parent / "out"), *flags]
+
+
+def test_a_folder_runs_through(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    train_cpal.main(on(root, "--method", "none", "--threshold", "sweep", "--workers", "1"))
+    metrics = read(tmp_path / "out")
+    assert_maps(metrics["maps"], ("background", *CLASSES))
+    found = masks(tmp_path / "out" / "pseudo_masks")
+    ids = VOCFolder(root, "train").ids
+    assert set(found) == set(ids)
+    assert {mask.shape for mask in found.values()} == {(40, 56)}
+    truth = masks(root / "SegmentationClass")
+    pseudo = metrics["pseudo_masks"]["train"]
+    assert pseudo["miou"] == pytest.approx(miou([found[name] for name in ids], [truth[name] for name in ids], 2))
+    assert pseudo["map"] == "cam"
+    assert pseudo["threshold"] == metrics["maps"]["train"]["cam"]["threshold"]
+
+
+def test_evaluation_pictures_of_another_folder(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root, other = folder(), folder("other")
+    (root / "ImageSets/Segmentation/val.txt").unlink()
+    (other / "SegmentationClass" / "p12.png").unlink()  # one without a mask: left out of the score
+    flags = ("--eval-data", str(other), "--stages", "classify", "seeds")
+    train_cpal.main(on(root, *flags))
+    assert_maps(read(tmp_path / "out")["maps"], ("background", *CLASSES))
+
+
+def test_evaluation_pictures_of_other_classes_are_an_error(folder: Callable[..., Path]) -> None:
+    root, other = folder(), folder("other", classes=("disc", "rod"))
+    with pytest.raises(SystemExit, match=r"--eval-data: its classes \('disc', 'rod'\) are not .*\('disc', 'bar'\)"):
+        train_cpal.main(on(root, "--eval-data", str(other)))
+
+
+def test_without_masks_there_are_pseudo_masks_and_thresholds(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder(masks=False)
+    train_cpal.main(on(root))
+    metrics = read(tmp_path / "out")
+    for split in ("train", "eval"):
+        for entry in metrics["maps"][split].values():
+            assert entry["miou"] is entry["threshold"] is entry["miou_mask_free"] is None
+            assert entry["per_class"] == {}
+            assert 0 < entry["threshold_mask_free"] < 1
+    assert metrics["pseudo_masks"]["train"]["miou"] is None
+    assert metrics["pseudo_masks"]["train"]["pictures"] == {}
+    assert metrics["segmentation"]["eval"]["miou"] is None
+    assert len(masks(tmp_path / "out" / "pseudo_masks")) == 10
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") >= 6 * 4  # there is something to see all the same
+    train_cpal.main(on(root, "--resume"))  # from what was null in JSON
+    assert findings(read(tmp_path / "out")) == findings(metrics)
+
+
+def test_a_sweep_needs_masks(folder: Callable[..., Path]) -> None:
+    with pytest.raises(SystemExit, match="--threshold sweep: the training pictures have no masks; take otsu"):
+        train_cpal.main(on(folder(masks=False), "--threshold", "sweep", "--stages", "classify", "seeds", "refine"))
+
+
+def test_a_broken_picture_stops_with_its_path_or_is_left_out(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    broken = {"train": root / "JPEGImages" / "p3.jpg", "eval": root / "JPEGImages" / "p11.jpg"}
+    for path in broken.values():
+        path.write_bytes(path.read_bytes()[:700])
+    flags = ("--stages", "classify", "seeds", "refine")
+    with pytest.raises(UnreadableFileError, match=rf"{broken['train']}: cannot be read"):
+        train_cpal.main(on(root, *flags))
+    train_cpal.main(on(root, *flags, "--skip-broken", "--resume"))
+    metrics = read(tmp_path / "out")
+    assert {split: list(each) for split, each in metrics["broken"].items()} == {"train": ["p3"], "eval": ["p11"]}
+    for split, path in broken.items():
+        assert str(path) in next(iter(metrics["broken"][split].values()))
+    assert set(masks(tmp_path / "out" / "pseudo_masks")) == {f"p{index}" for index in range(10)} - {"p3"}
+
+
+def test_a_broken_picture_in_a_reader_process_is_named(folder: Callable[..., Path]) -> None:
+    root = folder()
+    path = root / "JPEGImages" / "p3.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UnreadableFileError, match=rf"{path}: cannot be read"):
+        train_cpal.main(on(root, "--workers", "1", "--stages", "classify"))
+
+
+def test_when_every_picture_is_broken(folder: Callable[..., Path]) -> None:
+    root = folder()
+    for path in (root / "JPEGImages").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="--skip-broken: all 10 pictures are broken, the first: "):
+        train_cpal.main(on(root, "--skip-broken"))
+
+
+def test_an_empty_split_and_a_missing_folder_or_split(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"):
+        train_cpal.main(on(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"test.txt: no such split; the splits there are train, val"):
+        train_cpal.main(on(root, "--eval-split", "test"))
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"train.txt: the split is empty"):
+        train_cpal.main(on(root))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_that_is_too_large_to_hold_is_read_again() -> None:
+    scenes = Scenes(5, size=32)
+    held, read_again = common.Pictures(scenes), common.Pictures(scenes, keep=4)
+    assert held[1] is held[1]
+    assert read_again[1] is not read_again[1]
+    assert [each.id for each in read_again] == held.ids == scenes.ids
+
+
+@pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs {MSRC15.name} beside the repository")
+def test_real_pictures(tmp_path: Path) -> None:
+    flags = ["--stages", "classify", "seeds", "--epochs", "1", "--batch", "8", "--output", str(tmp_path)]
+    train_cpal.main([*TINY, "--data", str(MSRC15), "--preset", "scenes", *flags])
+    metrics = read(tmp_path)
+    assert_maps(metrics["maps"], ("background", *VOCFolder(MSRC15, "train").classes))
+    assert metrics["pseudo_masks"] == {"train": {}}
+    assert metrics["broken"] == {"train": {}, "eval": {}}

@@ -1,0 +1,92 @@
+"""The trainer in two processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from protoseg.data.scenes import Scenes
+from tests.trainer import SCENES, SCRIPT, SETTINGS, assert_equal, checkpoint, masks, miou, read, run
+
+WATCH = """
+import sys
+import torch
+import cpal_stages, train_cpal
+
+out, argv = sys.argv[1], sys.argv[2:]
+real = {"train": train_cpal.train, "seeds": train_cpal.seeds}
+
+def train(name, model, crops, loss_of, epochs, args, accelerator, modules):
+    history = real["train"](name, model, crops, loss_of, epochs, args, accelerator, modules)
+    torch.save({"model": model.state_dict(), **{key: each.state_dict() for key, each in modules.items()}},
+               f"{out}/{name}-{accelerator.process_index}.pt")
+    return history
+
+def seeds(net, splits, args, accelerator):
+    found = real["seeds"](net, splits, args, accelerator)
+    torch.save({"bank": net.bank.state_dict(), "found": found}, f"{out}/seeds-{accelerator.process_index}.pt")
+    return found
+
+train_cpal.train, train_cpal.seeds = train, seeds
+train_cpal.main(argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What two processes wrote, and what each of them held; 23 and 5 pictures cannot be shared evenly."""
+    watched, output = tmp_path_factory.mktemp("watched"), tmp_path_factory.mktemp("pair")
+    script = watched / "watch.py"
+    script.write_text(WATCH)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    flags = [*SCENES, "--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1"]
+    environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(SCRIPT.parent)}
+    command = [*launch, str(watched), *flags, "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return watched, output
+
+
+def test_two_processes_hold_the_same(pair: tuple[Path, Path]) -> None:
+    watched, output = pair
+    for name in ("classify", "seeds", "segment"):
+        first, second = (torch.load(watched / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert_equal(first, second)
+        if name != "seeds":
+            assert_equal({key: checkpoint(output, name)[key] for key in first}, first)
+    # 23 pictures at 2 x 4 a step are 2 steps an epoch, for the bank as well, and it took in the pictures of both.
+    assert int(checkpoint(output)["bank"]["step"]) == 4
+    tags = Scenes(24, seed=0, size=48)
+    assert int(checkpoint(output)["bank"]["count"][:-1].sum()) <= 2 * sum(int(tags[i].labels.sum()) for i in range(23))
+
+
+def test_two_processes_score_every_picture_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """From the same weights and in another order of the bank's instances, but with the same counts."""
+    _, output = pair
+    scenes = Scenes(23, seed=0, size=48)
+    found = masks(output / "pseudo_masks")
+    assert list(found) == scenes.ids
+    assert sorted(path.stem for path in (output / "seeds").iterdir()) == scenes.ids
+    metrics = read(output)
+    pseudo = metrics["pseudo_masks"]["train"]
+    assert list(pseudo["pictures"]) == scenes.ids
+    truth = [sample.mask.numpy() for sample in map(scenes.__getitem__, range(23)) if sample.mask is not None]
+    assert pseudo["miou"] == pytest.approx(miou(list(found.values()), truth, 8))
+
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    flags = ("--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1")
+    alone = run(tmp_path, *flags, "--stages", "seeds", "refine", "segment")
+    # What does not depend on the bank agrees to the last pixel.
+    assert alone["maps"]["train"]["cam"] == metrics["maps"]["train"]["cam"]
+    assert alone["maps"]["eval"]["cam"] == metrics["maps"]["eval"]["cam"]
+    assert alone["maps"]["eval"]["instance"] == metrics["maps"]["eval"]["instance"]
+    assert alone["segmentation"]["eval"]["all_background"] == metrics["segmentation"]["eval"]["all_background"]
+    for split in ("train", "eval"):
+        gap = alone["maps"][split]["pacam"]["miou"] - metrics["maps"][split]["pacam"]["miou"]
+        assert abs(gap) < 0.05

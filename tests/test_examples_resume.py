@@ -1,0 +1,167 @@
+"""The trainer, stopped and resumed, and stages run again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from protoseg.data.scenes import Scenes
+from tests.trainer import (
+    SCENES,
+    SCRIPT,
+    SETTINGS,
+    assert_equal,
+    checkpoint,
+    cpal_stages,
+    findings,
+    masks,
+    read,
+    run,
+    train_cpal,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run; not to be changed."""
+    output = tmp_path_factory.mktemp("finished")
+    run(output)
+    return output
+
+
+def start(output: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), *SCENES, "--output", str(output), *flags]
+    return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[1]!r}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+LONG = ("--epochs", "12", "--segmentation-epochs", "12")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken")
+    run(output, *LONG)
+    return output
+
+
+@pytest.mark.parametrize("stage", ["classify", "segment"])
+def test_a_killed_run_resumes_bit_for_bit(stage: str, unbroken: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint" / f"{stage}.pt"
+    process = start(tmp_path, *LONG)
+    kill_when(process, path.exists)
+    epoch = checkpoint(tmp_path, stage)["epoch"]
+    assert 1 <= epoch < 12
+    assert not (tmp_path / "metrics.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        forward: list[str] = []
+        real = train_cpal.train
+        patch.setattr(train_cpal, "train", lambda name, *rest: forward.append(name) or real(name, *rest))
+        metrics = run(tmp_path, *LONG, "--resume")
+    assert forward == (["classify", "segment"] if stage == "classify" else ["segment"])
+    assert findings(metrics) == findings(read(unbroken))
+    for name in ("classify", "segment"):
+        assert_equal(checkpoint(tmp_path, name), checkpoint(unbroken, name))
+    assert not list((tmp_path / "checkpoint").glob(".*"))  # what a killed process was writing
+
+
+def test_a_finished_run_resumes_at_once_and_keeps_its_findings(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = checkpoint(tmp_path)
+    metrics = run(tmp_path, "--resume")
+    assert findings(metrics) == findings(read(finished))
+    assert_equal(checkpoint(tmp_path), before)
+
+
+def test_resume_without_a_run_begins_one(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path, "--resume", "--stages", "classify")
+    assert_equal(checkpoint(tmp_path), checkpoint(finished))
+
+
+def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(SystemExit, match=r"holds a run with other flags: epochs was 2 and is 3; give the same flags"):
+        run(finished, "--resume", "--epochs", "3")
+    with pytest.raises(SystemExit, match=r"seed was 0 and is 1, bank was \[\] and is \['top_k=1'\]"):
+        run(finished, "--stages", "seeds", "--seed", "1", "--bank", "top_k=1")
+    with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
+        run(finished, "--stages", "segment", "--threshold", "0.3")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = run(tmp_path, "--stages", "refine", "--threshold", "0.9", "--refine", "none", "--seed-map", "cam")
+    assert metrics["pseudo_masks"]["train"]["threshold"] == 0.9
+    assert metrics["pseudo_masks"]["train"]["map"] == "cam"
+    assert metrics["maps"] == read(finished)["maps"]
+    assert metrics["segmentation"] == {}  # that of other masks
+    assert read(tmp_path, "config.json")["threshold"] == "0.9"
+    assert not (tmp_path / "checkpoint" / "segment.pt").exists()
+    expected = {}
+    for name in Scenes(24, seed=0, size=48).ids:
+        maps = cpal_stages.read_seeds(train_cpal.parse(["--output", str(tmp_path)]), name)["cam"]
+        scores = torch.nn.functional.interpolate(maps[None].float(), (48, 48), mode="bilinear")[0]
+        expected[name] = int((scores.amax(0) >= 0.9).sum())
+    found = {name: int((mask > 0).sum()) for name, mask in masks(tmp_path / "pseudo_masks").items()}
+    assert sum(abs(found[name] - expected[name]) for name in expected) <= 0.002 * 48 * 48 * 24
+
+
+def test_a_run_anew_leaves_nothing_of_the_old_one(finished: Path, tmp_path: Path) -> None:
+    """Not even a finished segmentation network that a later --resume would take for its own."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    run(tmp_path, "--stages", "classify", "--train-scenes", "16")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        *("classify.pt", "config.json", "metrics.json", "progress.json", "report.html"),
+    ]
+    assert read(tmp_path)["maps"] == {}
+
+
+def test_a_folder_of_someone_else_s_files_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "pseudo_masks").mkdir()
+    (tmp_path / "pseudo_masks" / "mine.png").write_bytes(b"mine")
+    run(tmp_path, "--stages", "classify")
+    assert (tmp_path / "pseudo_masks" / "mine.png").read_bytes() == b"mine"
+
+
+def test_a_stage_needs_the_ones_before_it(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--stages: \['refine'\] need what 'classify' leaves in .*; run it first"):
+        run(tmp_path, "--stages", "refine")
+    run(tmp_path, "--stages", "classify")
+    with pytest.raises(SystemExit, match="need what 'seeds' leaves"):
+        run(tmp_path, "--stages", "refine")
+
+
+def test_a_ceiling_can_be_asked_for_later(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = run(tmp_path, "--resume", "--ceiling")
+    before = read(finished)
+    ceiling = metrics["segmentation"]["eval"].pop("ceiling")
+    assert 0 <= ceiling <= 1
+    assert findings(metrics) == findings(before)
+
+
+def test_a_picture_without_a_mask_does_not_stop_the_ceiling() -> None:
+    sample = Scenes(1, size=32)[0]
+    assert sample.mask is not None
+    assert cpal_stages.true_mask(sample) is sample.mask
+    assert cpal_stages.true_mask(sample._replace(mask=None)).unique().tolist() == [255]
