@@ -42,8 +42,11 @@ def floating(where: str, name: str, value: Tensor) -> None:
 
 def finite(where: str, name: str, value: Tensor) -> None:
     """Raise ``ValueError`` when ``value`` holds NaN or infinity (one synchronisation with the device)."""
-    if not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).sum())
+    # Most often one pass will do: a sum is finite only where every value is. Finite values may overflow in it.
+    if bool(value.sum().isfinite()):
+        return
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
         raise ValueError(
             f"{where}: {name} must be finite, got {bad} NaN or infinite of {value.numel()} values; "
             "look for an overflow in half precision or a learning rate that is too high"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg import _checks
-from protoseg._numeric import full_precision, mean_of
+from protoseg._numeric import block_size, full_precision, mean_of
 
 
 class Clusters(NamedTuple):
@@ -63,58 +62,71 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     if valid is None:
         valid = points.new_ones(points.shape[:2], dtype=torch.bool)
     _checks.shape("kmeans", "valid", valid, points.shape[:2])
+    # A block of classes at a time, which on the CPU stays in its cache through all rounds.
+    block = max(1, block_size(points.device) // max(1, points.shape[1] * points.shape[2]))
     with torch.autocast(points.device.type, enabled=False):
-        points = full_precision(points).masked_fill(~valid.unsqueeze(-1), 0.0)
-        weights = valid.to(points.dtype)
-        # Distances cancel badly far from the origin: work around each class's own mean.
-        mean = mean_of(points, valid).unsqueeze(1)
-        points = (points - mean) * weights.unsqueeze(-1)
-        norms = points.square().sum(-1)
-        centres = _seed(points, norms, weights, num_clusters)
-        for _ in range(iterations):
-            members = _members(_distances(points, centres), weights)
-            sizes = members.sum(1).unsqueeze(-1)
-            moved = members.transpose(1, 2) @ points / sizes.clamp_min(1.0)
-            centres = torch.where(sizes > 0, moved, centres)
-        distances = _distances(points, centres)
-        filled = _members(distances, weights).sum(1) > 0
-        nearest = (distances.amin(-1) + norms).clamp_min(0.0)
-        centres = (centres + mean) * filled.unsqueeze(-1)
-        return Clusters(centres, filled, distances.argmin(-1) * valid, (nearest * weights).sum(-1))
+        blocks = zip(torch.split(points, block), torch.split(valid, block), strict=True)
+        parts = [_cluster(full_precision(some), which, num_clusters, iterations) for some, which in blocks]
+    return Clusters(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _distances(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances less the points' own squared norms, which do not change the nearest: ``[C, N, K]``."""
-    return torch.baddbmm(centres.square().sum(-1).unsqueeze(1), points, centres.transpose(1, 2), alpha=-2.0)
+def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int) -> Clusters:
+    weights = valid.to(points.dtype)
+    points = points.masked_fill(~valid.unsqueeze(-1), 0.0)
+    # Distances cancel badly far from the origin: work around each class's own mean.
+    mean = mean_of(points, valid).unsqueeze(1)
+    points = points.sub_(mean).mul_(weights.unsqueeze(-1))
+    norms = points.square().sum(-1)
+    centres = _seed(points, norms, weights, num_clusters)
+    distance, nearest = _nearest(points, centres)
+    for _ in range(iterations):
+        members = _members(nearest, num_clusters) * weights.unsqueeze(1)
+        sizes = members.sum(-1, keepdim=True)
+        centres = torch.where(sizes > 0, members @ points / sizes.clamp_min(1.0), centres)
+        before = nearest
+        distance, nearest = _nearest(points, centres)
+        # No later round would change anything. Other devices would have to be waited for.
+        if points.device.type == "cpu" and torch.equal(before, nearest):
+            break
+    filled = (_members(nearest, num_clusters) & valid.unsqueeze(1)).any(-1)
+    inertia = ((distance + norms).clamp_min(0.0) * weights).sum(-1)
+    return Clusters((centres + mean) * filled.unsqueeze(-1), filled, nearest * valid, inertia)
 
 
-def _members(distances: Tensor, weights: Tensor) -> Tensor:
-    """Weight of each point in the cluster that it is nearest to, 0 in the others: ``[C, N, K]``."""
-    return F.one_hot(distances.argmin(-1), distances.shape[-1]).to(weights.dtype) * weights.unsqueeze(-1)
+def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance to the nearest centre, less the point's own squared norm, and its index: ``[C, N]`` each."""
+    norms = centres.square().sum(-1, keepdim=True)
+    distance, nearest = torch.baddbmm(norms, centres, points.transpose(1, 2), alpha=-2.0).min(1)
+    return distance, nearest
+
+
+def _members(nearest: Tensor, num_clusters: int) -> Tensor:
+    """Which cluster has which point: ``[C, K, N]`` bool."""
+    return nearest.unsqueeze(1) == torch.arange(num_clusters, device=nearest.device).unsqueeze(-1)
 
 
 def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
     """Greedy k-means++: of several candidates, drawn by squared distance, take the one that lowers the sum most."""
     candidates = 2 + int(num_clusters).bit_length()
-    rows = torch.arange(len(points), device=points.device).unsqueeze(-1)
+    rows = torch.arange(len(points), device=points.device)
+    steps = torch.arange(1, num_clusters * candidates + 1, device=points.device, dtype=points.dtype)
+    draws = (0.6180339887 * steps % 1.0).reshape(num_clusters, candidates)
     # The first draw is by distance from the mean, later ones by distance from the nearest centre so far.
     nearest = norms * weights
     centres = points.new_zeros(len(points), num_clusters, points.shape[-1])
     for k in range(num_clusters):
         cumulative = nearest.cumsum(-1)
-        steps = torch.arange(candidates, device=points.device, dtype=points.dtype)
-        draws = 0.6180339887 * (k * candidates + steps + 1) % 1.0
-        target = draws * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target.contiguous(), right=True).clamp_max(points.shape[1] - 1)
-        trial = points[rows, drawn]
-        trial_norms = norms[rows, drawn].unsqueeze(1)
-        distance = torch.baddbmm(norms.unsqueeze(-1) + trial_norms, points, trial.transpose(1, 2), alpha=-2.0)
-        distance = distance.clamp_min(0.0) * weights.unsqueeze(-1)
+        drawn = torch.searchsorted(cumulative, draws[k] * cumulative[:, -1:], right=True)
+        places = (rows.unsqueeze(-1), drawn.clamp_max(points.shape[1] - 1))
+        trial = points[places]
+        offset = norms.unsqueeze(1) + norms[places].unsqueeze(-1)
+        distance = torch.baddbmm(offset, trial, points.transpose(1, 2), alpha=-2.0)
+        distance = distance.clamp_min_(0.0).mul_(weights.unsqueeze(1))
         if k:
-            distance = torch.minimum(distance, nearest.unsqueeze(-1))
-        total = distance.sum(1)
+            distance = torch.minimum(distance, nearest.unsqueeze(1))
+        total = distance.sum(-1)
         # The first of those that are as good as the best: of equals rounding must not choose.
-        best = (total <= 1.00001 * total.amin(-1, keepdim=True)).int().argmax(-1, keepdim=True)
-        centres[:, k] = trial[rows, best].squeeze(1)
-        nearest = distance.gather(-1, best.unsqueeze(1).expand(-1, points.shape[1], -1)).squeeze(-1)
+        best = (total <= 1.00001 * total.amin(-1, keepdim=True)).int().argmax(-1)
+        centres[:, k] = trial[rows, best]
+        nearest = distance[rows, best]
     return centres

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,44 @@ def mean_of(points: Tensor, valid: Tensor) -> Tensor:
         points = full_precision(points)
         weights = valid.to(points.dtype)
         return (weights.unsqueeze(-2) @ points).squeeze(-2) / weights.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def block_size(device: torch.device) -> int:
+    """How many numbers to work on at once: on the CPU what its cache can hold, elsewhere what bounds memory."""
+    return 2**21 if device.type == "cpu" else 2**28
+
+
+def pixel_length(features: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Euclidean length of every pixel's feature, seen from ``origin``, without a copy of the features.
+
+    Args:
+        features: ``[B, D, P]``.
+        origin: ``[D]``.
+
+    Returns:
+        ``[B, 1, P]``; where it is 0 its gradient is 0.
+    """
+    origin = features.new_zeros(features.shape[1]) if origin is None else origin.to(features.dtype)
+    lengths: Tensor = _PixelLength.apply(features, origin)
+    return lengths
+
+
+class _PixelLength(torch.autograd.Function):
+    """Keeps its input only, where ``(features - origin).norm(dim=1)`` keeps the difference, and reads it but once."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, origin: Tensor) -> Tensor:
+        channels = max(1, block_size(features.device) // 4 // features[:, 0].numel())
+        squared = features.new_zeros(len(features), 1, features.shape[-1])
+        for some, there in zip(torch.split(features, channels, 1), torch.split(origin, channels), strict=True):
+            squared += (some - there.unsqueeze(-1)).square_().sum(1, keepdim=True)
+        lengths = squared.sqrt_()
+        ctx.save_for_backward(features, origin, lengths)
+        return lengths
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, origin, lengths = ctx.saved_tensors
+        scale = torch.where(lengths > 0, grad / lengths, torch.zeros_like(grad))
+        result = (features - origin.unsqueeze(-1)) * scale
+        return result, -result.sum((0, 2)) if ctx.needs_input_grad[1] else None

@@ -249,7 +249,7 @@ class ContextPrototypeBank(nn.Module):
         valid = valid & present.any(1, keepdim=True)
         state = self._snapshot(features.dtype)
         directions, weights, selected = self._directions(instances, valid, state)
-        scores = cosine_map(features - state.origin[:, None, None], directions)
+        scores = cosine_map(features, directions, state.origin)
         # Features that are all zero have no direction: map and loss of such a class are 0.
         shown = valid[:, :classes] & (directions[:, :classes].detach() != 0).any(-1)
         pacam = self._pacam(scores) * shown[:, :, None, None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protoseg import _checks
 from protoseg._kmeans import Clusters, kmeans
-from protoseg._numeric import full_precision, mean_of, unit
+from protoseg._numeric import full_precision, mean_of, pixel_length, unit
 
 __all__ = [
     "Clusters",
@@ -215,19 +215,25 @@ def mean_direction(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
         return torch.einsum("...k,...kd->...d", weights, prototypes)
 
 
-def cosine_map(features: Tensor, directions: Tensor) -> Tensor:
-    """Multiply unit features with directions.
+def cosine_map(features: Tensor, directions: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Multiply unit features with directions. Neither the unit features nor the moved ones are ever made.
 
     Args:
         features: ``[B, D, H, W]``.
         directions: ``[B, N, D]``, from :func:`mean_direction`.
+        origin: ``[D]``, what to subtract from the features first.
 
     Returns:
         ``[B, N, H, W]`` in ``[-1, 1]``.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = unit(full_precision(features), dim=1)
-        return (full_precision(directions) @ features.flatten(2)).reshape(len(features), -1, *features.shape[-2:])
+        flat, directions = full_precision(features).flatten(2), full_precision(directions)
+        scores, lengths = directions @ flat, pixel_length(flat, origin)
+        if origin is not None:
+            scores = scores - (directions @ origin.to(flat.dtype)).unsqueeze(-1)
+        far = lengths > 1e-12
+        scores = scores / torch.where(far, lengths, torch.ones_like(lengths)) * far
+        return scores.reshape(len(features), -1, *features.shape[-2:])
 
 
 def prototype_cam(features: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
