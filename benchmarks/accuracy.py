@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --data scenes
     python benchmarks/accuracy.py --data ../shared/data/msrc15 --ceiling
 
-Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed (finished runs in ``--runs`` are
-kept, broken-off ones resumed), then leaves out one part of the bank at a time, on the networks that ``cpal`` trained, and
-writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
+Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in ``--runs`` are
+kept, broken-off ones resumed. Then leaves out one part of the bank at a time, on the networks that ``cpal`` trained. Writes
+``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
 """
 
 from __future__ import annotations
@@ -124,47 +124,63 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, Any]) -> str:
     """The tables as a page."""
-    maps, text = summary["maps"], f"# Accuracy on {name}\n\n`{command}`; mean ± standard deviation over seeds "
-    text += f"{', '.join(map(str, seeds))}. mIoU over background and classes, tags given, threshold by sweep.\n\n"
-    columns = [(split, key) for split in ("train", "eval") for key in MAPS]
-    rows = [[m, *(show(maps[f"{m}/{s}/{k}"]["miou"]) for s, k in columns)] for m in ("none", "cpal")]
-    text += table(["method", *(f"{k}, {s}" for s, k in columns)], rows)
+    maps, methods, splits = summary["maps"], ("none", "cpal"), ("train", "eval")
+    columns = [(split, key) for split in splits for key in MAPS]
 
-    def gain(a: str, b: str, split: str) -> str:
-        mean = maps[f"{a.replace(' ', f'/{split}/')}"]["miou"]["mean"] - maps[f"{b.replace(' ', f'/{split}/')}"]["miou"]["mean"]
-        return f"{mean:+.3f}"
+    def mean(method: str, split: str, key: str, field: str = "miou") -> float:
+        return float(maps[f"{method}/{split}/{key}"][field]["mean"])
 
-    pairs = (("cpal pacam", "none cam"), ("cpal pacam", "none instance"), ("none pacam", "none cam"), ("cpal cam", "none cam"))
-    text += "\n## Gains\n\n" + table(
-        ["", "train", "eval"], [[f"{a} over {b}", gain(a, b, "train"), gain(a, b, "eval")] for a, b in pairs]
+    text = (
+        f"# Accuracy on {name}\n\n`{command}`; mean ± standard deviation over seeds {', '.join(map(str, seeds))}. mIoU "
     )
+    text += "over background and classes, tags given, threshold by sweep on the pictures shown.\n\n"
+    rows = [[method, *(show(maps[f"{method}/{split}/{key}"]["miou"]) for split, key in columns)] for method in methods]
+    text += table(["method", *(f"{key}, {split}" for split, key in columns)], rows)
+
+    pairs = [("cpal", "pacam", "none", "cam"), ("cpal", "pacam", "none", "instance")]
+    pairs += [("none", "pacam", "none", "cam"), ("cpal", "cam", "none", "cam")]
+    rows = []
+    for a, map_a, b, map_b in pairs:
+        gains = [f"{mean(a, split, map_a) - mean(b, split, map_b):+.3f}" for split in splits]
+        rows.append([f"`{map_a}` of {a} over `{map_b}` of {b}", *gains])
+    text += "\n## Gains\n\n" + table(["", *splits], rows)
+
     if summary["parts"]:
-        full = summary["parts"]["nothing"]
+        without_loss = {split: maps[f"none/{split}/pacam"]["miou"] for split in splits}
+        parts = {**summary["parts"], "self-supervised loss (trained without it)": without_loss}
         rows = []
-        for part, scores in summary["parts"].items():
-            losses = [scores[s]["mean"] - full[s]["mean"] for s in ("train", "eval")]
-            rows.append([part, *(show(scores[s]) for s in ("train", "eval")), *(f"{each:+.3f}" for each in losses)])
-        rows.append(
-            ["self-supervised loss (retrained without)", *(show(maps[f"none/{s}/pacam"]["miou"]) for s in ("train", "eval"))]
-            + [f"{maps[f'none/{s}/pacam']['miou']['mean'] - full[s]['mean']:+.3f}" for s in ("train", "eval")]
+        for part, scores in parts.items():
+            changes = [f"{scores[split]['mean'] - parts['nothing'][split]['mean']:+.3f}" for split in splits]
+            rows.append([part, *(show(scores[split]) for split in splits), *changes])
+        text += (
+            "\n## `pacam` of cpal with one part left out\n\nOn the networks that cpal trained with every part; only "
         )
-        text += "\n## pacam of cpal with one part left out\n\nOn the same trained networks, but for the last row.\n\n"
-        text += table(["left out", "train", "eval", "change, train", "change, eval"], rows)
-    rows = [
-        [method, split, key, show(entry["miou"]), show(entry["miou_mask_free"])]
-        + [f"{entry['miou_mask_free']['mean'] - entry['miou']['mean']:+.3f}"]
-        for method, split, key, entry in ((*name.split("/"), entry) for name, entry in maps.items())
-    ]
+        text += "the last row is trained anew.\n\n"
+        text += table(["left out", *splits, "change, train", "change, eval"], rows)
+
+    rows = []
+    for method in methods:
+        for split, key in columns:
+            entry = maps[f"{method}/{split}/{key}"]
+            change = mean(method, split, key, "miou_mask_free") - mean(method, split, key)
+            rows.append([method, split, key, show(entry["miou"]), show(entry["miou_mask_free"]), f"{change:+.3f}"])
     text += "\n## Threshold without masks (Otsu) against the sweep\n\n"
     text += table(["method", "pictures", "map", "sweep", "without masks", "change"], rows)
+
     fields = ("pseudo_masks", "segmentation", "ceiling", "all_background", "seconds", "peak_memory_mb")
-    text += "\n## After the maps\n\nPseudo masks on train, the segmentation network on eval without tags, the same network "
-    text += "trained on true masks (ceiling), everything background (floor).\n\n"
-    text += table(["method", *fields], [[m, *(show(summary[m][field]) for field in fields)] for m in ("none", "cpal")])
-    classes = list(summary["per_class"]["none/train/cam"])
-    rows = [[c, *(show(summary["per_class"][f"{m}/{s}/{k}"][c]) for m in ("none", "cpal") for s, k in columns)] for c in classes]
-    text += "\n## Per class\n\n" + table(["class", *(f"{m}: {k}, {s}" for m in ("none", "cpal") for s, k in columns)], rows)
-    return text
+    text += (
+        "\n## After the maps\n\nPseudo masks on train; the segmentation network on eval without tags; the same network "
+    )
+    text += "trained on the true masks (ceiling); everything background (floor).\n\n"
+    text += table(["method", *fields], [[m, *(show(summary[m][field]) for field in fields)] for m in methods])
+
+    text += "\n## Per class\n\n"
+    head = [f"{method}: {key}, {split}" for method in methods for split, key in columns]
+    rows = []
+    for name in summary["per_class"]["none/train/cam"]:
+        cells = [summary["per_class"][f"{m}/{split}/{key}"][name] for m in methods for split, key in columns]
+        rows.append([name, *map(show, cells)])
+    return text + table(["class", *head], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -128,9 +128,7 @@ def test_tags_mask_parts_and_caption_agree(options: dict[str, Any]) -> None:
         solid = scene.mask != 255
         assert np.array_equal(scene.parts[solid] > 0, scene.mask[solid] > 0)
         assert tagged == {
-            scenes.classes.index(word) + 1
-            for word in sample.caption.replace(",", "").split()
-            if word in scenes.classes
+            scenes.classes.index(word) + 1 for word in sample.caption.replace(",", "").split() if word in scenes.classes
         }
         assert sample.caption.endswith(scene.scenery)
 

@@ -30,9 +30,7 @@ def write(path: Path, text: str) -> None:
 
 
 def annotation(*names: str, difficult: int = 0) -> str:
-    things = "".join(
-        f"<object><name>{name}</name><difficult>{difficult}</difficult></object>" for name in names
-    )
+    things = "".join(f"<object><name>{name}</name><difficult>{difficult}</difficult></object>" for name in names)
     return f"<annotation>{things}</annotation>"
 
 
@@ -110,9 +108,7 @@ def test_tags_from_masks_only_when_asked(root: Path) -> None:
     assert from_masks[0].mask is None
     assert VOCFolder(root, "train").labels.tolist() == [[0, 0, 1]] * 3
     (root / "labels.csv").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r'neither labels\.csv nor Annotations.*tags="masks" is possible'
-    ):
+    with pytest.raises(FileNotFoundError, match=r'neither labels\.csv nor Annotations.*tags="masks" is possible'):
         VOCFolder(root, "train")
     (root / "SegmentationClass" / "c.png").unlink()
     with pytest.raises(UnreadableFileError, match=r"c\.png: no such file"):
@@ -209,9 +205,7 @@ def test_windows_text_files(root: Path) -> None:
         ("labels.csv", 'id,labels\na,"ant\n', r"labels\.csv, line 2: broken CSV"),
     ],
 )
-def test_faults_of_text_files_are_named_at_construction(
-    root: Path, name: str, text: str, message: str
-) -> None:
+def test_faults_of_text_files_are_named_at_construction(root: Path, name: str, text: str, message: str) -> None:
     write(root / name, text)
     with pytest.raises(ValueError, match=message) as caught:
         VOCFolder(root, "train")
@@ -239,22 +233,14 @@ def test_faults_of_xml(root: Path, text: str, message: str) -> None:
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"):
         VOCFolder(root / "nowhere", "train")
-    with pytest.raises(
-        FileNotFoundError, match=r"test\.txt: no such split; the splits there are train, val$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"test\.txt: no such split; the splits there are train, val$"):
         VOCFolder(root, "test")
-    with pytest.raises(
-        FileNotFoundError, match=r"a\.xml: no such file; every picture of the split needs one"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"a\.xml: no such file; every picture of the split needs one"):
         VOCFolder(root, "val", tags="xml")
     (root / "labels.csv").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"labels\.csv: no such file; write it with the header id,labels"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"labels\.csv: no such file; write it with the header id,labels"):
         VOCFolder(root, "val", tags="csv")
     for path in (root / "ImageSets/Segmentation").iterdir():
         path.unlink()
@@ -282,26 +268,20 @@ def test_truncated_files(root: Path, name: str, part: float) -> None:
     Image.effect_noise((9, 6), 50).convert("RGB").save(root / "JPEGImages" / "a.jpg")
     content = (root / name).read_bytes()
     (root / name).write_bytes(content[: int(part * len(content))])
-    with pytest.raises(
-        UnreadableFileError, match=rf"{name}: cannot be read \(.*\); fetch or write"
-    ) as caught:
+    with pytest.raises(UnreadableFileError, match=rf"{name}: cannot be read \(.*\); fetch or write") as caught:
         VOCFolder(root, "val")[0]
     assert str(caught.value).startswith(str(root / name))
 
 
 def test_mask_of_another_size(root: Path) -> None:
     save_mask(root / "SegmentationClass" / "a.png", np.zeros((9, 6), np.uint8))
-    with pytest.raises(
-        UnreadableFileError, match=r"a\.png: the mask has \(H, W\) = \(9, 6\), its picture \(6, 9\)"
-    ):
+    with pytest.raises(UnreadableFileError, match=r"a\.png: the mask has \(H, W\) = \(9, 6\), its picture \(6, 9\)"):
         VOCFolder(root, "val")[0]
 
 
 def test_mask_index_of_no_class(root: Path) -> None:
     save_mask(root / "SegmentationClass" / "a.png", np.full((6, 9), 4, np.uint8))
-    with pytest.raises(
-        UnreadableFileError, match=r"a\.png: index 4 stands for no class.*1\.\.3 are the classes"
-    ):
+    with pytest.raises(UnreadableFileError, match=r"a\.png: index 4 stands for no class.*1\.\.3 are the classes"):
         VOCFolder(root, "val")[0]
 
 
@@ -354,10 +334,7 @@ def test_without_pillow_the_error_says_what_to_install(root: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert (
-        'ImportError: reading and writing pictures needs Pillow: pip install "protoseg[examples]"'
-        in run.stderr
-    )
+    assert 'ImportError: reading and writing pictures needs Pillow: pip install "protoseg[examples]"' in run.stderr
 
 
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs the MSRC v2 data in {MSRC15}")
