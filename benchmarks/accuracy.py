@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --data scenes
     python benchmarks/accuracy.py --data ../shared/data/msrc15 --ceiling
 
-Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in ``--runs`` are
-kept, broken-off ones resumed. Then leaves out one part of the bank at a time, on the networks that ``cpal`` trained. Writes
-``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
+Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in
+``--runs`` are kept, broken-off ones resumed. Then leaves out one part of the bank at a time, on the networks that
+``cpal`` trained. Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
 """
 
 from __future__ import annotations

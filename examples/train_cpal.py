@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "scratch": {
         "backbone": "small:32", "size": 157, "crop": 144, "smallest_crop": 0.3, "epochs": 100, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "linknet:timm-mobilenetv3_small_minimal_100", "segmentation_epochs": 30,
+        "scales": [1.0], "segmentation": "linknet:tu-tf_mobilenetv3_small_minimal_100", "segmentation_epochs": 30,
     },
     "paper-voc": {
         "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5,

@@ -91,9 +91,9 @@ class ContextPrototypeBank(nn.Module):
 
     There is no published code. Not in the paper, or not stated there: :math:`\tau`, the number of contexts, ``top_k``,
     the temperature and :math:`z`, the clustering, the schedule, the detaching and all of ``background="contexts"``.
-    The defaults of these were chosen by measurement on the train and val pictures of MSRC and on made scenes
-    (``benchmarks/results``); only ``capacity`` (1000; the paper does not say whether in all or per class) and
-    ``metric`` come from the paper, which also projects the features first: pass projected features to do so.
+    The defaults of these were chosen by measurement on the train and val pictures of MSRC-15 (``docs/cpal.md``); the
+    schedule and the clustering were not tuned. Only ``capacity`` (1000; the paper does not say whether in all or per
+    class) and ``metric`` come from the paper, which also projects the features first: pass projected features to do so.
 
     In ``train()`` a call first computes from the state that was and then stores this batch's instances; in ``eval()``
     it changes nothing. All state is in buffers. Under DDP every rank must pass as many images as the others; each
