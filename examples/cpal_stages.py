@@ -181,15 +181,20 @@ def refine(
     mask_path(args, "").parent.mkdir(parents=True, exist_ok=True)
     for index in tqdm(shard(len(pictures), accelerator), "refine", disable=not accelerator.is_main_process):
         sample = pictures[index]
-        maps = enlarge(read_seeds(args, sample.id)[args.seed_map], sample.image).to(accelerator.device)
+        present = sample.labels.nonzero().flatten()
+        maps = enlarge(read_seeds(args, sample.id)[args.seed_map][present], sample.image).to(accelerator.device)
         # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
         below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
         maps = torch.where(maps < threshold, below, above)
-        if refiner is not None:
+        if refiner is not None and len(present):
             image = sample.image[None].to(accelerator.device)
             maps = refiner(with_background(maps)[None], image)[0]
             maps = maps[1:] / (maps[:1] + maps[1:].amax(0, keepdim=True)).clamp_min(1e-6)
-        mask = to_mask(maps.cpu(), sample.labels, 0.5).to(torch.uint8)
+        mask = torch.zeros(sample.image.shape[-2:], dtype=torch.uint8)
+        if len(present):
+            # A map per present class: their indices in the mask are the classes'.
+            index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1])
+            mask = index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)].to(torch.uint8)
         save_mask(mask_path(args, sample.id), mask)
         if sample.mask is not None:
             confusion.update(mask, sample.mask)

@@ -66,27 +66,26 @@ def pixel_adaptive_refine(
             f"got {iterations} and {tuple(dilations)}"
         )
     pictures, maps = images.float(), maps.float()
-    around = torch.cat([_neighbours(pictures, d) for d in dilations], 2)
+    around = torch.stack([view for d in dilations for view in _neighbours(pictures, d)], 2)
     floor = 1e-4 * pictures.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
     spread = around.std(2, keepdim=True).maximum(floor.unsqueeze(2))
     distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
     share = torch.softmax(-sharpness * distance, dim=2)
     for _ in range(iterations):
-        parts = torch.split(share, 8, 2)
+        neighbours = (view for dilation in dilations for view in _neighbours(maps, dilation))
         summed = torch.zeros_like(maps)
-        for part, dilation in zip(parts, dilations, strict=True):
-            summed += (_neighbours(maps, dilation) * part).sum(2)
+        for weight, view in zip(share.unbind(2), neighbours, strict=True):
+            summed.addcmul_(weight, view)
         maps = summed
     return maps
 
 
-def _neighbours(maps: Tensor, dilation: int) -> Tensor:
-    """Stack the eight neighbours at a distance: ``[B, C, 8, H, W]``."""
+def _neighbours(maps: Tensor, dilation: int) -> list[Tensor]:
+    """The eight neighbours at a distance, each as a map ``[B, C, H, W]``, views of one padded copy."""
     height, width = maps.shape[-2:]
     padded = F.pad(maps, (dilation,) * 4, mode="replicate")
     offsets = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
-    views = [padded[..., y * dilation :, x * dilation :][..., :height, :width] for y, x in offsets]
-    return torch.stack(views, 2)
+    return [padded[..., y * dilation :, x * dilation :][..., :height, :width] for y, x in offsets]
 
 
 def load_refiner(name: str) -> Refiner | None:
@@ -94,7 +93,7 @@ def load_refiner(name: str) -> Refiner | None:
 
     Args:
         name: ``"pamr"`` for :func:`pixel_adaptive_refine`, ``"none"``, or ``"package.module:function"`` for one of the
-            user's own, such as a dense CRF: a function of maps ``[B, C+1, H, W]`` in ``[0, 1]``, background in front,
+            user's own, such as a dense CRF: a function of maps ``[B, N+1, H, W]`` in ``[0, 1]``, background in front,
             and pictures ``[B, 3, H, W]`` uint8, that returns better maps.
 
     Returns:
