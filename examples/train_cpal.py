@@ -165,6 +165,7 @@ def train(
         accelerator: The engine.
         modules: What else is saved.
     """
+    model.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
     shuffle = Shuffle(len(crops), args.seed)
     drop = len(crops) >= args.batch * accelerator.num_processes
     loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
     cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained)
-    cam = cam.to(accelerator.device).to(memory_format=torch.channels_last)  # a quarter less time on a CPU
+    cam = cam.to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **bank_options(args.bank)).to(accelerator.device)
     net = Network(cam, bank)
     progress = Progress(args, accelerator, began)
