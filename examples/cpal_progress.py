@@ -11,8 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from common import Pictures, load_checkpoint, peak_memory_mb, versions, write_json
-from cpal_stages import SIDE, Network, segmentation_network
+from cpal_stages import SIDE, Network
 
+from protoseg.models.heads import build_cam_network
+from protoseg.models.segmentation import build_segmentation_network
 from protoseg.refine import load_refiner
 
 STAGES = ("classify", "seeds", "refine", "segment")
@@ -139,4 +141,5 @@ def check(args: argparse.Namespace) -> None:
     if "segment" in args.stages:
         if args.crop < SIDE:
             raise SystemExit(f"--crop: the segmentation network needs at least {SIDE} pixels, got {args.crop}")
-        segmentation_network(args, 1, pretrained=False)
+        backbone = build_cam_network(args.backbone, 1).backbone
+        build_segmentation_network(args.segmentation, 2, backbone=backbone)

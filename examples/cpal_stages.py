@@ -39,21 +39,6 @@ class Network(NamedTuple):
     bank: ContextPrototypeBank
 
 
-def segmentation_network(args: argparse.Namespace, classes: int, *, pretrained: bool) -> nn.Module:
-    """Make the segmentation network of ``--segmentation``, for classes and background."""
-    import segmentation_models_pytorch as smp
-
-    architecture, _, encoder = args.segmentation.partition(":")
-    weights = (True if encoder.startswith("tu-") else "imagenet") if pretrained else None
-    try:
-        model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=weights, classes=classes + 1)
-    except (KeyError, ValueError) as error:
-        raise SystemExit(
-            f"--segmentation: expected ARCHITECTURE:ENCODER, got {args.segmentation!r}; {error}"
-        ) from error
-    return model
-
-
 def shard(length: int, accelerator: Accelerator) -> range:
     """The indices of this process."""
     return range(accelerator.process_index, length, accelerator.num_processes)

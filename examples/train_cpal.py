@@ -35,7 +35,6 @@ from cpal_stages import (
     report,
     score_segmentation,
     seeds,
-    segmentation_network,
     true_mask,
 )
 from torch import Tensor, nn
@@ -45,6 +44,7 @@ from tqdm import tqdm
 from protoseg import ContextPrototypeBank
 from protoseg.data import Sample
 from protoseg.models.heads import build_cam_network
+from protoseg.models.segmentation import build_segmentation_network
 
 Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
 
@@ -53,11 +53,11 @@ Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {
         "backbone": "small:32", "size": 96, "crop": 96, "smallest_crop": 0.5, "epochs": 16, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "linknet:tu-tf_mobilenetv3_small_minimal_100", "segmentation_epochs": 12,
+        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 5,
     },
     "scratch": {
         "backbone": "small:32", "size": 157, "crop": 144, "smallest_crop": 0.3, "epochs": 100, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "linknet:tu-tf_mobilenetv3_small_minimal_100", "segmentation_epochs": 30,
+        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 15,
     },
     "paper-voc": {
         "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5,
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--seed-map", choices=MAPS, help="map of the pseudo masks (default: pacam, or cam with 'none')")
     group.add_argument("--threshold", default="otsu", help="otsu, sweep (uses masks), or a number")
     group.add_argument("--refine", default="pamr", help="pamr, none, or package.module:function")
-    group.add_argument("--segmentation", help="ARCHITECTURE:ENCODER of segmentation_models_pytorch")
+    group.add_argument("--segmentation", help="ARCHITECTURE:ENCODER of segmentation_models_pytorch, or unet:backbone")
     group.add_argument("--segmentation-epochs", type=int)
     group.add_argument("--ceiling", action="store_true", help="also train on the true masks, to compare")
     args = parser.parse_args(argv)
@@ -229,6 +229,7 @@ def classify(
 def segment(
     name: str,
     masks: Callable[[Sample], Tensor],
+    net: Network,
     pictures: Pictures,
     test: Pictures,
     args: argparse.Namespace,
@@ -236,7 +237,9 @@ def segment(
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Train a segmentation network on masks and score it on the test pictures, without tags."""
     set_seed(args.seed)
-    model = segmentation_network(args, len(pictures.classes), pretrained=args.pretrained).to(accelerator.device)
+    outputs, backbone = len(pictures.classes) + 1, net.cam.backbone
+    model = build_segmentation_network(args.segmentation, outputs, backbone=backbone, pretrained=args.pretrained)
+    model = model.to(accelerator.device)
     crop = args.crop // SIDE * SIDE
     crops = Crops(pictures, crop, seed=args.seed, share=(args.smallest_crop, 1.0), masks=masks)
 
@@ -279,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if progress.wants("refine"):
         progress.done("refine", {"pseudo_masks": refine(pictures, progress.found, args, accelerator)})
     if progress.wants("segment"):
-        progress.done("segment", segmentation(pictures, test, args, accelerator))
+        progress.restore(net)
+        progress.done("segment", segmentation(net, pictures, test, args, accelerator))
     metrics = progress.metrics(pictures, test)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
@@ -289,12 +293,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def segmentation(
-    pictures: Pictures, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
+    net: Network, pictures: Pictures, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Train on the pseudo masks and, with ``--ceiling``, on the true ones."""
-    scores, history = segment("segment", partial(pseudo_mask, args=args), pictures, test, args, accelerator)
+    scores, history = segment("segment", partial(pseudo_mask, args=args), net, pictures, test, args, accelerator)
     if args.ceiling:
-        ceiling, _ = segment("ceiling", true_mask, pictures, test, args, accelerator)
+        ceiling, _ = segment("ceiling", true_mask, net, pictures, test, args, accelerator)
         scores["ceiling"] = ceiling["miou"]
     return {"segmentation": {"eval": scores}, "history": history}
 

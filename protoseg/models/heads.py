@@ -73,6 +73,24 @@ class SmallResNet(nn.Module):
         features: Tensor = self.layers(images)
         return features
 
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Return the pictures and the last features at stride 2, 4 and 8, as decoders want them.
+
+        Args:
+            images: ``[B, 3, H, W]`` with sides of at least 8.
+
+        Returns:
+            Four maps, of 3, ``width``, ``2 * width`` and ``4 * width`` channels.
+        """
+        maps = [images]
+        for layer in self.layers:
+            features = layer(maps[-1])
+            if features.shape[-2:] == maps[-1].shape[-2:]:
+                maps[-1] = features
+            else:
+                maps.append(features)
+        return maps
+
 
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
