@@ -142,4 +142,7 @@ def check(args: argparse.Namespace) -> None:
         if args.crop < SIDE:
             raise SystemExit(f"--crop: the segmentation network needs at least {SIDE} pixels, got {args.crop}")
         backbone = build_cam_network(args.backbone, 1).backbone
-        build_segmentation_network(args.segmentation, 2, backbone=backbone)
+        try:
+            build_segmentation_network(args.segmentation, 2, backbone=backbone)
+        except ValueError as error:
+            raise SystemExit(f"--segmentation: {error}") from error

@@ -101,7 +101,10 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(SystemExit, match=r"holds a run with other flags: epochs was 2 and is 3; give the same flags"):
         run(finished, "--resume", "--epochs", "3")
-    with pytest.raises(SystemExit, match=r"seed was 0 and is 1, bank was \[\] and is \['top_k=1'\]"):
+    with pytest.raises(
+        SystemExit,
+        match=r"seed was 0 and is 1, bank was \['centre=false', 'background_contexts=20'\] and is \['top_k=1'\]",
+    ):
         run(finished, "--stages", "seeds", "--seed", "1", "--bank", "top_k=1")
     with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
         run(finished, "--stages", "segment", "--threshold", "0.3")
