@@ -62,10 +62,11 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     from accelerate import Accelerator
     from common import load_checkpoint, open_pictures
     from cpal_stages import Network, seeds
+    from torch import Tensor
     from train_cpal import bank_options
 
     from protoseg import ContextPrototypeBank
-    from protoseg.models.heads import build_cam_network
+    from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     args = argparse.Namespace(**{**config, "output": scratch})
@@ -75,13 +76,27 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
         "train": open_pictures(args.data, args.train_split, scenes=sizes),
         "eval": open_pictures(args.eval_data, args.eval_split, scenes=sizes),
     }
-    cam = build_cam_network(args.backbone, len(splits["train"].classes)).to(accelerator.device)
+
+    class Remembering(CAMNetwork):
+        """Computes each picture once: only the bank differs from part to part."""
+
+        def forward(self, images: Tensor) -> CAMOutput:
+            key = images.cpu().numpy().tobytes()
+            if key not in known:
+                known[key] = super().forward(images)
+            return known[key]
+
+    known: dict[bytes, CAMOutput] = {}
+    cam = Remembering(
+        build_cam_network(args.backbone, len(splits["train"].classes)).backbone, len(splits["train"].classes)
+    )
+    cam = cam.to(accelerator.device)
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
     found = {}
     for part, options in PARTS.items():
         options = {**bank_options(args.bank), **options}
         bank = ContextPrototypeBank(len(splits["train"].classes), cam.channels, **options).to(accelerator.device)
-        maps, _ = seeds(Network(cam, bank), splits, args, accelerator)
+        maps, _ = seeds(Network(cam, bank), splits, args, accelerator, names=("pacam",))
         found[part] = {split: maps[split]["pacam"]["miou"] for split in splits}
     return found
 

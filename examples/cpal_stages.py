@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,15 +82,19 @@ def fill(net: Network, pictures: Pictures, args: argparse.Namespace, accelerator
 
 @torch.no_grad()
 def seeds(
-    net: Network, splits: Mapping[str, Pictures], args: argparse.Namespace, accelerator: Accelerator
+    net: Network,
+    splits: Mapping[str, Pictures],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    names: Sequence[str] = MAPS,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write each training picture's maps and score every map at every threshold, in one pass over each split."""
+    """Write each training picture's maps and score those in ``names`` at every threshold, in one pass over a split."""
     net.cam.eval()
     fill(net, splits["train"], args, accelerator)
     scores: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     for split, pictures in splits.items():
-        sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in MAPS}
+        sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in names}
         for index in tqdm(shard(len(pictures), accelerator), f"{split} maps", disable=not accelerator.is_main_process):
             sample = pictures[index]
             features, cam = infer(net, sample, args, accelerator)
