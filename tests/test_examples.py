@@ -283,5 +283,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     common.write_json(path, 1)
     with pytest.raises(TypeError, match="not JSON serializable"):
         common.write_json(path, {"a": object()})
+
+    def write() -> None:
+        with common.replacing(path) as file:
+            file.write_text("half")
+            assert path.read_text() == "1\n"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert path.read_text() == "1\n"
     assert [each.name for each in path.parent.iterdir()] == ["a.json"]

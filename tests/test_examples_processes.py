@@ -91,5 +91,9 @@ def test_two_processes_score_every_picture_once(
     for key, value in banks[0].state_dict().items():
         if key != "step":
             torch.testing.assert_close(together[key], value)
+    # Of the final network and every picture once: nothing that training left, none twice to share them evenly.
+    tags = torch.stack([scenes[index].labels for index in range(23)]).sum(0)
+    assert (together["count"][:-1] <= tags).all()
+    assert together["count"][-1] <= 23
     assert alone["maps"] == metrics["maps"]
     assert alone["pseudo_masks"] == metrics["pseudo_masks"]
