@@ -27,6 +27,7 @@ from tests.trainer import (
     common,
     cpal_stages,
     findings,
+    main,
     masks,
     miou,
     read,
@@ -67,7 +68,7 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
 
 
 def test_main_returns_what_it_writes(tmp_path: Path) -> None:
-    returned = train_cpal.main([*SCENES, "--output", str(tmp_path), "--stages", "classify"])
+    returned = main([*SCENES, "--output", str(tmp_path), "--stages", "classify"])
     assert returned == read(tmp_path)
 
 

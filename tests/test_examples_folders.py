@@ -12,7 +12,7 @@ from PIL import Image
 from protoseg.data import UnreadableFileError
 from protoseg.data.scenes import Scenes
 from protoseg.data.voc import VOCFolder, save_mask
-from tests.trainer import TINY, assert_maps, common, findings, masks, miou, read, train_cpal
+from tests.trainer import TINY, assert_maps, common, findings, main, masks, miou, read
 
 MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"
 
@@ -59,7 +59,7 @@ def on(root: Path, *flags: str) -> list[str]:
 
 def test_a_folder_runs_through(folder: Callable[..., Path], tmp_path: Path) -> None:
     root = folder()
-    train_cpal.main(on(root, "--method", "none", "--threshold", "sweep", "--workers", "1"))
+    main(on(root, "--method", "none", "--threshold", "sweep", "--workers", "1"))
     metrics = read(tmp_path / "out")
     assert_maps(metrics["maps"], ("background", *CLASSES))
     found = masks(tmp_path / "out" / "pseudo_masks")
@@ -78,19 +78,19 @@ def test_evaluation_pictures_of_another_folder(folder: Callable[..., Path], tmp_
     (root / "ImageSets/Segmentation/val.txt").unlink()
     (other / "SegmentationClass" / "p12.png").unlink()  # one without a mask: left out of the score
     flags = ("--eval-data", str(other), "--stages", "classify", "seeds")
-    train_cpal.main(on(root, *flags))
+    main(on(root, *flags))
     assert_maps(read(tmp_path / "out")["maps"], ("background", *CLASSES))
 
 
 def test_evaluation_pictures_of_other_classes_are_an_error(folder: Callable[..., Path]) -> None:
     root, other = folder(), folder("other", classes=("disc", "rod"))
     with pytest.raises(SystemExit, match=r"--eval-data: its classes \('disc', 'rod'\) are not .*\('disc', 'bar'\)"):
-        train_cpal.main(on(root, "--eval-data", str(other)))
+        main(on(root, "--eval-data", str(other)))
 
 
 def test_without_masks_there_are_pseudo_masks_and_thresholds(folder: Callable[..., Path], tmp_path: Path) -> None:
     root = folder(masks=False)
-    train_cpal.main(on(root))
+    main(on(root))
     metrics = read(tmp_path / "out")
     for split in ("train", "eval"):
         for entry in metrics["maps"][split].values():
@@ -103,13 +103,13 @@ def test_without_masks_there_are_pseudo_masks_and_thresholds(folder: Callable[..
     assert len(masks(tmp_path / "out" / "pseudo_masks")) == 10
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") >= 6 * 4  # there is something to see all the same
-    train_cpal.main(on(root, "--resume"))  # from what was null in JSON
+    main(on(root, "--resume"))  # from what was null in JSON
     assert findings(read(tmp_path / "out")) == findings(metrics)
 
 
 def test_a_sweep_needs_masks(folder: Callable[..., Path]) -> None:
     with pytest.raises(SystemExit, match="--threshold sweep: the training pictures have no masks; take otsu"):
-        train_cpal.main(on(folder(masks=False), "--threshold", "sweep", "--stages", "classify", "seeds", "refine"))
+        main(on(folder(masks=False), "--threshold", "sweep", "--stages", "classify", "seeds", "refine"))
 
 
 def test_a_broken_picture_stops_with_its_path_or_is_left_out(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_broken_picture_stops_with_its_path_or_is_left_out(folder: Callable[..
         path.write_bytes(path.read_bytes()[:700])
     flags = ("--stages", "classify", "seeds", "refine")
     with pytest.raises(UnreadableFileError, match=rf"{broken['train']}: cannot be read"):
-        train_cpal.main(on(root, *flags))
-    train_cpal.main(on(root, *flags, "--skip-broken", "--resume"))
+        main(on(root, *flags))
+    main(on(root, *flags, "--skip-broken", "--resume"))
     metrics = read(tmp_path / "out")
     assert {split: list(each) for split, each in metrics["broken"].items()} == {"train": ["p3"], "eval": ["p11"]}
     for split, path in broken.items():
@@ -133,7 +133,7 @@ def test_a_broken_picture_in_a_reader_process_is_named(folder: Callable[..., Pat
     path = root / "JPEGImages" / "p3.jpg"
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UnreadableFileError, match=rf"{path}: cannot be read"):
-        train_cpal.main(on(root, "--workers", "1", "--stages", "classify"))
+        main(on(root, "--workers", "1", "--stages", "classify"))
 
 
 def test_when_every_picture_is_broken(folder: Callable[..., Path]) -> None:
@@ -141,18 +141,18 @@ def test_when_every_picture_is_broken(folder: Callable[..., Path]) -> None:
     for path in (root / "JPEGImages").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="--skip-broken: all 10 pictures are broken, the first: "):
-        train_cpal.main(on(root, "--skip-broken"))
+        main(on(root, "--skip-broken"))
 
 
 def test_an_empty_split_and_a_missing_folder_or_split(folder: Callable[..., Path], tmp_path: Path) -> None:
     root = folder()
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"):
-        train_cpal.main(on(tmp_path / "nowhere"))
+        main(on(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"test.txt: no such split; the splits there are train, val"):
-        train_cpal.main(on(root, "--eval-split", "test"))
+        main(on(root, "--eval-split", "test"))
     (root / "ImageSets/Segmentation/train.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"train.txt: the split is empty"):
-        train_cpal.main(on(root))
+        main(on(root))
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_data_set_that_is_too_large_to_hold_is_read_again() -> None:
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs {MSRC15.name} beside the repository")
 def test_real_pictures(tmp_path: Path) -> None:
     flags = ["--stages", "classify", "seeds", "--epochs", "1", "--batch", "8", "--output", str(tmp_path)]
-    train_cpal.main([*TINY, "--data", str(MSRC15), "--preset", "scenes", *flags])
+    main([*TINY, "--data", str(MSRC15), "--preset", "scenes", *flags])
     metrics = read(tmp_path)
     assert_maps(metrics["maps"], ("background", *VOCFolder(MSRC15, "train").classes))
     assert metrics["pseudo_masks"] == {"train": {}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "common",
     "cpal_stages",
     "findings",
+    "main",
     "masks",
     "miou",
     "read",
@@ -47,14 +48,19 @@ SCENES = [*TINY, "--train-scenes", "24", "--eval-scenes", "6", "--epochs", "2", 
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONHASHSEED": "7", "TQDM_DISABLE": "1"}
 
 
-def run(output: Path, *flags: str) -> dict[str, Any]:
-    """Run the trainer in this process and return what it wrote to ``metrics.json``."""
+def main(flags: Sequence[str]) -> dict[str, Any]:
+    """Run the trainer in this process, on one thread as in SETTINGS: sums in another order are other sums."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in SETTINGS: sums in another order are other sums
+    torch.set_num_threads(1)
     try:
-        train_cpal.main([*SCENES, "--output", str(output), *flags])
+        return train_cpal.main(flags)
     finally:
         torch.set_num_threads(threads)
+
+
+def run(output: Path, *flags: str) -> dict[str, Any]:
+    """Run the trainer on scenes and return what it wrote to ``metrics.json``."""
+    main([*SCENES, "--output", str(output), *flags])
     return read(output)
 
 
