@@ -1,6 +1,6 @@
 """CPAL end to end: from pictures with image-level tags to masks and a segmentation network.
 
-    python examples/train_cpal.py                                    # made scenes, two CPU cores, under three minutes
+    python examples/train_cpal.py                                    # made scenes, two CPU cores, a few minutes
     python examples/train_cpal.py --data VOC2012 --preset paper-voc  # any VOC-layout folder
     accelerate launch examples/train_cpal.py --data VOC2012 --preset paper-voc
 
