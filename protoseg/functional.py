@@ -44,8 +44,8 @@ def max_normalize(cam: Tensor) -> Tensor:
 
     .. math:: M(j) = \frac{\mathrm{ReLU}(m(j))}{\max_{j'} \mathrm{ReLU}(m(j'))}
 
-    The maximum counts as a constant in the gradient. Measured on MSRC-15, a loss on maps that may lower their own peak
-    cost the classifier accuracy and its CAM what this way gains.
+    The maximum counts as a constant in the gradient, so that a loss on maps cannot be met by lowering their own peak.
+    One fine-tuning run on MSRC-15 gave a CAM of 0.436 (train) and 0.397 (val) this way and 0.431 and 0.392 the other.
 
     Args:
         cam: ``[..., H, W]`` raw scores.
