@@ -59,24 +59,29 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
         raise ValueError(
             f"kmeans: num_clusters must be at least 1 and iterations at least 0, got {num_clusters} and {iterations}"
         )
+    everything = valid is None
     if valid is None:
         valid = points.new_ones(points.shape[:2], dtype=torch.bool)
     _checks.shape("kmeans", "valid", valid, points.shape[:2])
-    # A block of classes at a time, which on the CPU stays in its cache through all rounds.
+    # A block of classes at a time, which on the CPU stays in its cache through all rounds, and always in the same room.
     block = max(1, block_size(points.device) // max(1, points.shape[1] * points.shape[2]))
     with torch.autocast(points.device.type, enabled=False):
         blocks = zip(torch.split(points, block), torch.split(valid, block), strict=True)
-        parts = [_cluster(full_precision(some), which, num_clusters, iterations) for some, which in blocks]
+        room = torch.empty_like(full_precision(points[:block]))
+        parts = []
+        for some, which in blocks:
+            # What does not count may be anything, also NaN.
+            finite = some if everything else some.masked_fill(~which.unsqueeze(-1), 0.0)
+            parts.append(_cluster(full_precision(finite), which, num_clusters, iterations, room[: len(some)]))
     return Clusters(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int) -> Clusters:
+def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int, room: Tensor) -> Clusters:
     weights = valid.to(points.dtype)
-    points = points.masked_fill(~valid.unsqueeze(-1), 0.0)
     # Distances cancel badly far from the origin: work around each class's own mean.
     mean = mean_of(points, valid).unsqueeze(1)
-    points = points.sub_(mean).mul_(weights.unsqueeze(-1))
-    norms = points.square().sum(-1)
+    points = torch.sub(points, mean, out=room).mul_(weights.unsqueeze(-1))
+    norms = torch.linalg.vector_norm(points, dim=-1).square_()
     centres = _seed(points, norms, weights, num_clusters)
     distance, nearest = _nearest(points, centres)
     for _ in range(iterations):
