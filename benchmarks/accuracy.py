@@ -60,10 +60,9 @@ def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[
 def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     """Score the maps of a trained run with one part of the bank left out at a time."""
     from accelerate import Accelerator
-    from common import load_checkpoint, open_pictures
+    from common import keywords, load_checkpoint, open_pictures
     from cpal_stages import Network, seeds
     from torch import Tensor
-    from train_cpal import bank_options
 
     from protoseg import ContextPrototypeBank
     from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
@@ -71,10 +70,9 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     args = argparse.Namespace(**{**config, "output": scratch})
     accelerator = Accelerator(cpu=args.device == "cpu")
-    sizes = (args.train_scenes, args.eval_scenes, args.size)
     splits = {
-        "train": open_pictures(args.data, args.train_split, scenes=sizes),
-        "eval": open_pictures(args.eval_data, args.eval_split, scenes=sizes),
+        "train": open_pictures(args.data, args.train_split, args),
+        "eval": open_pictures(args.eval_data, args.eval_split, args),
     }
 
     class Remembering(CAMNetwork):
@@ -94,7 +92,7 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
     found = {}
     for part, options in PARTS.items():
-        options = {**bank_options(args.bank), **options}
+        options = {**keywords("--bank", args.bank), **options}
         bank = ContextPrototypeBank(len(splits["train"].classes), cam.channels, **options).to(accelerator.device)
         maps, _ = seeds(Network(cam, bank), splits, args, accelerator, names=("pacam",))
         found[part] = {split: maps[split]["pacam"]["miou"] for split in splits}
@@ -212,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name
+    shown = name if Path(args.data).is_absolute() else args.data  # a path of one machine is nobody else's
     runs: dict[str, list[dict[str, Any]]] = {"none": [], "cpal": []}
     for seed in args.seeds:
         for method, metrics in runs.items():
@@ -219,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folders = [args.runs / name / f"cpal-{seed}" for seed in args.seeds]
     parts = [] if args.no_parts else [ablate(folder, args.runs / name / "parts") for folder in folders]
     summary = summarise(runs, parts)
-    command = " ".join(["python benchmarks/accuracy.py --data", name, *["--ceiling"] * args.ceiling, *args.flags])
+    command = " ".join(["python benchmarks/accuracy.py --data", shown, *["--ceiling"] * args.ceiling, *args.flags])
     summary |= {"command": command, "seeds": args.seeds, "versions": runs["cpal"][0]["versions"]}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"accuracy-{name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

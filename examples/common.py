@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from protoseg.data import Sample, UnreadableFileError
 from protoseg.data.scenes import Scenes
-from protoseg.data.voc import MaskUse, VOCFolder
+from protoseg.data.voc import VOCFolder
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -79,26 +80,23 @@ class Pictures(Dataset[Sample]):
         return [self.source.ids[index] for index in self.indices]
 
 
-def open_pictures(
-    data: str, split: str, *, scenes: tuple[int, int, int], masks: MaskUse = "optional", skip_broken: bool = False
-) -> Pictures:
+def open_pictures(data: str, split: str, args: argparse.Namespace) -> Pictures:
     """Open made scenes or a VOC-layout folder.
 
     Args:
         data: ``"scenes"`` or the path of a folder.
         split: Name of the folder's split; made scenes have ``train`` and ``val``, with no picture in common.
-        scenes: How many scenes ``train`` has, how many any other split has, and their side in pixels.
-        masks: As for ``VOCFolder``.
-        skip_broken: As for :class:`Pictures`.
+        args: The flags ``train_scenes``, ``eval_scenes`` and ``size`` of scenes, ``tags``, ``mask_dir`` and
+            ``skip_broken`` of a folder.
 
     Returns:
         The pictures.
     """
     if data == "scenes":
-        many, few, size = scenes
         training = split == "train"
-        return Pictures(Scenes(many if training else few, seed=0 if training else 1, size=size))
-    return Pictures(VOCFolder(data, split, masks=masks), skip_broken=skip_broken)
+        count = args.train_scenes if training else args.eval_scenes
+        return Pictures(Scenes(count, seed=0 if training else 1, size=args.size))
+    return Pictures(VOCFolder(data, split, tags=args.tags, mask_dir=args.mask_dir), skip_broken=args.skip_broken)
 
 
 class Crops(Dataset[dict[str, Tensor]]):
@@ -245,6 +243,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without executing anything in it."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def keywords(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``name=value`` into keyword arguments: numbers, true and false, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise SystemExit(f"{flag}: expected NAME=VALUE, got {pair!r}")
+        value: Any = {"true": True, "false": False}.get(text.lower(), text)
+        for kind in (int, float):
+            if isinstance(value, str):
+                try:
+                    value = kind(text)
+                except ValueError:
+                    continue
+        options[name] = value
+    return options
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -24,19 +24,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Crops, Pictures, Shuffle, learning_rate, load_checkpoint, open_pictures, save_checkpoint, write_json
-from cpal_progress import STAGES, Progress, check
-from cpal_stages import (
-    MAPS,
-    SIDE,
-    Network,
-    pseudo_mask,
-    refine,
-    report,
-    score_segmentation,
-    seeds,
-    true_mask,
+from common import (
+    Crops,
+    Pictures,
+    Shuffle,
+    keywords,
+    learning_rate,
+    load_checkpoint,
+    open_pictures,
+    save_checkpoint,
+    write_json,
 )
+from cpal_progress import STAGES, Progress, check
+from cpal_stages import MAPS, SIDE, Network, pseudo_mask, refine, report, score_segmentation, seeds, true_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -83,6 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train-split", default="train")
     add("--eval-data", help="folder of the evaluation pictures, with the same classes (default: --data)")
     add("--eval-split", default="val")
+    add("--tags", choices=("auto", "csv", "xml", "masks"), default="auto", help="auto: labels.csv, else VOC's XML")
+    add("--mask-dir", default="SegmentationClass", help="folder of the true masks, such as SegmentationClassAug")
     add("--method", choices=("none", "cpal"), default="cpal")
     add("--preset", choices=tuple(PRESETS), help="default: 'scenes' for scenes, else 'scratch'")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -128,24 +130,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def bank_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``name=value`` into keyword arguments: numbers, true and false, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise SystemExit(f"--bank: expected NAME=VALUE, got {pair!r}")
-        value: Any = {"true": True, "false": False}.get(text.lower(), text)
-        for kind in (int, float):
-            if isinstance(value, str):
-                try:
-                    value = kind(text)
-                except ValueError:
-                    continue
-        options[name] = value
-    return options
-
-
 def train(
     name: str,
     model: nn.Module,
@@ -178,6 +162,11 @@ def train(
     path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
     if args.resume and path.exists():
         state = load_checkpoint(path)
+        if state["processes"] != accelerator.num_processes:
+            raise SystemExit(
+                f"--resume: {path} is of {state['processes']} processes and these are {accelerator.num_processes}, "
+                "which would change the batch; launch as many as before"
+            )
         for key, part in saved.items():
             part.load_state_dict(state[key])
         history, first = state["history"], state["epoch"]
@@ -202,7 +191,8 @@ def train(
         history.append({key: value / len(loader) for key, value in sums.items()})
         if accelerator.is_main_process:
             state = {key: part.state_dict() for key, part in saved.items()}
-            save_checkpoint(path, {**state, "epoch": epoch + 1, "history": history})
+            state |= {"epoch": epoch + 1, "history": history, "processes": accelerator.num_processes}
+            save_checkpoint(path, state)
         accelerator.wait_for_everyone()
     if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
         model.load_state_dict(load_checkpoint(path)["model"])
@@ -264,16 +254,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.device not in ("auto", "cpu", accelerator.device.type):
         raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
     set_seed(args.seed)
-    sizes = (args.train_scenes, args.eval_scenes, args.size)
-    pictures = open_pictures(args.data, args.train_split, scenes=sizes, skip_broken=args.skip_broken)
-    test = open_pictures(args.eval_data, args.eval_split, scenes=sizes, skip_broken=args.skip_broken)
+    pictures = open_pictures(args.data, args.train_split, args)
+    test = open_pictures(args.eval_data, args.eval_split, args)
     if test.classes != pictures.classes:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
     cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained)
     cam = cam.to(accelerator.device)
-    bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **bank_options(args.bank)).to(accelerator.device)
-    net = Network(cam, bank)
+    bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **keywords("--bank", args.bank))
+    net = Network(cam, bank.to(accelerator.device))
     progress = Progress(args, accelerator, began)
     if progress.wants("classify"):
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})

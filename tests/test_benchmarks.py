@@ -44,14 +44,14 @@ def test_json_has_every_section(results: tuple[dict[str, Any], str]) -> None:
     assert {"torch", "timm", "scikit-learn", "protoseg"} <= set(found["environment"]["versions"])
     assert found["environment"]["torch_threads"] == 1
     assert {"batch", "features", "refresh_every"} <= set(found["step"]["sizes"])
-    assert len(found["goals"]) == 4
+    assert len(found["goals"]) == 5
     for goal in found["goals"]:
         assert {"what", "goal", "measured", "met"} == set(goal)
 
 
 def test_every_number_has_a_spread(results: tuple[dict[str, Any], str]) -> None:
     rows = list(measured(results[0]))
-    assert len(rows) == 10 + 3 + 3 * 5 + 2
+    assert len(rows) == 10 + 3 + 3 * 7 + 2
     for row in rows:
         assert math.isfinite(row["median"])
         assert 0 < row["q1"] <= row["median"] <= row["q3"]

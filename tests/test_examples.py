@@ -36,14 +36,6 @@ from tests.trainer import (
 )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run; not to be changed."""
-    output = tmp_path_factory.mktemp("finished")
-    run(output)
-    return output
-
-
 def test_metrics_have_the_documented_form(finished: Path) -> None:
     metrics = read(finished)
     assert set(metrics) == {
@@ -259,7 +251,7 @@ def test_an_unknown_refiner_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_bank_arguments_are_read_by_their_form() -> None:
-    found = train_cpal.bank_options(["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "centre=True"])
+    found = common.keywords("--bank", ["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "centre=True"])
     assert found == {"top_k": 2, "sharpness": 0.5, "shift": False, "metric": "cosine", "centre": True}
     assert [type(value) for value in found.values()] == [int, float, bool, str, bool]
 

@@ -57,6 +57,15 @@ def on(root: Path, *flags: str) -> list[str]:
     return [*settings, "--output", str(root.parent / "out"), *flags]
 
 
+def test_masks_and_tags_come_from_where_they_are_said_to(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    (root / "labels.csv").unlink()
+    (root / "SegmentationClass").rename(root / "SegmentationClassAug")
+    flags = on(root, "--mask-dir", "SegmentationClassAug", "--tags", "masks", "--stages", "classify", "seeds")
+    main(flags)
+    assert_maps(read(tmp_path / "out")["maps"], ("background", *CLASSES))
+
+
 def test_a_folder_runs_through(folder: Callable[..., Path], tmp_path: Path) -> None:
     root = folder()
     main(on(root, "--method", "none", "--threshold", "sweep", "--workers", "1"))

@@ -21,6 +21,7 @@ from tests.trainer import (
     SETTINGS,
     assert_equal,
     checkpoint,
+    common,
     cpal_stages,
     findings,
     masks,
@@ -28,14 +29,6 @@ from tests.trainer import (
     run,
     train_cpal,
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run; not to be changed."""
-    output = tmp_path_factory.mktemp("finished")
-    run(output)
-    return output
 
 
 def start(output: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -109,6 +102,14 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
     with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
         run(finished, "--stages", "segment", "--threshold", "0.3")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_run_of_other_processes_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    common.save_checkpoint(tmp_path / "checkpoint" / "classify.pt", {**checkpoint(finished), "processes": 2})
+    with pytest.raises(SystemExit, match=r"classify.pt is of 2 processes and these are 1.*launch as many as before"):
+        run(tmp_path, "--resume", "--stages", "classify")
+    assert checkpoint(tmp_path)["processes"] == 2
 
 
 def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, tmp_path: Path) -> None:
