@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "scratch": {
         "backbone": "small:32", "size": 157, "crop": 144, "smallest_crop": 0.3, "epochs": 100, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 15,
+        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 40,
     },
     "paper-voc": {
         "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5,

@@ -67,7 +67,7 @@ def write_report(
             ``versions`` (name -> version), ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class``,
             ``miou_mask_free``, ``threshold_mask_free``), and ``pseudo_masks`` and ``segmentation`` (split ->
             ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
-        history: Curves by name, such as loss terms and learning rate: sequences of (step, value).
+        history: Curves by name, such as loss terms and learning rate: sequences of (epoch, value).
         sweeps: Split -> map -> (thresholds ``[T]``, mIoU ``[T]``), tensors or sequences, 0..1.
         pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and
             up to six without a score.
@@ -222,7 +222,7 @@ def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
             if len(points) > 60:
                 noisy = True
                 lines = [Line(points, _COLOURS["pacam"], True), Line(_page.smooth(points), _COLOURS["pacam"])]
-            svg = _page.plot(lines, (), label=name, x_label="step", size=(3.2, 2.1))
+            svg = _page.plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
             figures += f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>"
     note = "<p>Pale: logged values. Full: their moving average.</p>" if noisy else ""
     return f'{note}<div class="plots">{figures}</div>' if figures else ""
