@@ -14,16 +14,23 @@ from torch import Tensor
 
 from protoseg import _checks
 from protoseg._kmeans import Clusters, kmeans
+from protoseg._matching import Matching, match, symmetric_contrast
+from protoseg._mixture import Kernel, Mixture, em
 from protoseg._numeric import full_precision, mean_of, pixel_length, unit
 
 __all__ = [
     "Clusters",
+    "Kernel",
+    "Matching",
     "Metric",
+    "Mixture",
     "cosine_map",
+    "em",
     "full_precision",
     "judge",
     "kmeans",
     "masked_average",
+    "match",
     "max_normalize",
     "mean_direction",
     "mean_of",
@@ -33,6 +40,7 @@ __all__ = [
     "prototype_shift",
     "select_top_k",
     "similarity",
+    "symmetric_contrast",
 ]
 
 Metric = Literal["dot", "cosine", "l1", "l2"]
