@@ -185,7 +185,7 @@ class GMMPrototypeRegularizer(nn.Module):
         dtype = group_tokens.dtype
         groups = full_precision(group_tokens)
         scale = self.log_scale.to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
-        prototypes, responsibilities = self._estimate(tokens.detach().to(groups.dtype), mask)
+        prototypes, responsibilities = self.estimate(tokens.detach().to(groups.dtype), mask)
         known = prototypes.new_ones(len(prototypes), dtype=torch.bool) if mask is None else mask.any(1)
         similarity = unit(groups) @ unit(prototypes).transpose(1, 2)
         if self.compat is None:
@@ -212,7 +212,8 @@ class GMMPrototypeRegularizer(nn.Module):
         )
 
     @torch.no_grad()
-    def _estimate(self, tokens: Tensor, mask: Tensor | None) -> Mixture:
+    def estimate(self, tokens: Tensor, mask: Tensor | None = None) -> Mixture:
+        """Find the prototypes of tokens ``[B, L, D]``, without matching and without changing anything."""
         start = self.mu.to(tokens.dtype)
         if self.compat is not None:
             return _published.em(tokens, start, self.iterations)

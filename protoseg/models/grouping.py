@@ -1,0 +1,257 @@
+"""The image encoder of PGSeg (arXiv 2310.19001): a vision transformer that groups its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks
+from protoseg.gmm import GMMPrototypeRegularizer, GroupPrototypes
+
+try:
+    from timm.models.vision_transformer import Block
+except ImportError as error:  # pragma: no cover
+    raise ImportError("protoseg.models.grouping needs timm: pip install protoseg[timm]") from error
+
+from protoseg.models._grouping import AttentionUnit, Grouping, SlotUnit, TokenMixer
+
+__all__ = ["PRESETS", "Encoded", "GroupingEncoder", "ImageConfig", "StageOutput"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """Sizes of the image encoder.
+
+    Attributes:
+        image_size: Side of the training pictures in pixels.
+        patch_size: Side of a patch.
+        stem: ``"patch"``, one convolution of the patch's size (the paper); ``"conv"``, steps of stride 2 with norm and
+            activation, which learn from scratch on few pictures.
+        dim: Channels of a token.
+        heads: Of each attention.
+        depths: Transformer blocks before each unit, and behind the last.
+        groups: Groups of each unit.
+        unit: ``"attention"``, that of the paper, whose group tokens go through the blocks with the other tokens;
+            ``"slots"``, :class:`protoseg.models._grouping.SlotUnit`.
+        drop_path: Largest rate of stochastic depth.
+        reconstruct: Add the tokens' reconstruction from prototypes before grouping, through an MLP of 4096 channels.
+            Not in the paper but in its published code and weights.
+        npr: Options of the :class:`protoseg.GMMPrototypeRegularizer` of each stage; None for none.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    stem: Literal["patch", "conv"] = "patch"
+    dim: int = 384
+    heads: int = 6
+    depths: tuple[int, ...] = (6, 3, 3)
+    groups: tuple[int, ...] = (64, 8)
+    unit: Literal["attention", "slots"] = "attention"
+    drop_path: float = 0.1
+    reconstruct: bool = False
+    npr: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+
+
+PRESETS: dict[str, ImageConfig] = {
+    "tiny": ImageConfig(
+        image_size=64,
+        patch_size=4,
+        stem="conv",
+        dim=96,
+        heads=4,
+        depths=(1, 0),
+        groups=(8,),
+        unit="slots",
+        drop_path=0.0,
+    ),
+    "vit-s": ImageConfig(),
+}
+
+
+class StageOutput(NamedTuple):
+    """What one stage with a unit leaves.
+
+    Attributes:
+        sources: ``[B, L, D]``, the tokens that came into the stage; what prototypes are made of.
+        group_tokens: ``[B, G, D]``, as they came out of the blocks, before the unit.
+        grouping: What the unit returned.
+        regularized: What the regulariser returned; None without one.
+    """
+
+    sources: Tensor
+    group_tokens: Tensor
+    grouping: Grouping
+    regularized: GroupPrototypes | None
+
+
+class Encoded(NamedTuple):
+    """What :class:`GroupingEncoder` returns.
+
+    Attributes:
+        pooled: ``[B, D]``, the mean over the last groups.
+        groups: ``[B, G, D]``, the last groups.
+        stages: One entry per unit.
+        grid: Height and width of the patches.
+    """
+
+    pooled: Tensor
+    groups: Tensor
+    stages: tuple[StageOutput, ...]
+    grid: tuple[int, int]
+
+
+class ProjectionMLP(nn.Sequential):
+    """Two layers with batch normalisation over pictures and tokens: ``[B, L, D]`` or ``[B, D]``."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int = 4096) -> None:
+        super().__init__(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projection."""
+        flat = x.flatten(0, -2)
+        for layer in self:
+            flat = layer(flat)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+class Stage(nn.Module):
+    """Transformer blocks and a grouping unit.
+
+    Args:
+        config: Sizes.
+        index: Which stage.
+        rates: Stochastic depth of each block.
+    """
+
+    def __init__(self, config: ImageConfig, index: int, rates: list[float]) -> None:
+        super().__init__()
+        dim, groups = config.dim, config.groups[index]
+        self.sequence = config.unit == "attention"
+        self.blocks = _blocks(config, rates)
+        self.tokens = nn.Parameter(0.02 * torch.randn(groups, dim))
+        self.carry = TokenMixer(dim, config.groups[index - 1], groups) if index else None
+        if self.carry is not None:
+            nn.init.zeros_(self.tokens)
+        self.unit = (
+            AttentionUnit(dim, config.heads, groups, groups) if self.sequence else SlotUnit(dim, config.heads, groups)
+        )
+        self.npr = GMMPrototypeRegularizer(dim, groups, **config.npr) if config.npr is not None else None
+        self.reconstruct = ProjectionMLP(dim, dim) if config.reconstruct else None
+
+    def forward(self, tokens: Tensor, previous: Tensor | None) -> StageOutput:
+        """Group ``[B, L, D]``; ``previous`` are the group tokens of the stage before."""
+        sources, count = tokens, len(self.tokens)
+        group_tokens = self.tokens.expand(len(tokens), -1, -1)
+        if self.carry is not None and previous is not None:
+            group_tokens = group_tokens + self.carry(previous)
+        if self.sequence:
+            tokens = torch.cat([tokens, group_tokens], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        if self.sequence:
+            tokens, group_tokens = tokens[:, :-count], tokens[:, -count:]
+        if self.reconstruct is not None and self.npr is not None:
+            prototypes, shares = self.npr.estimate(sources)
+            weights = shares / (1e-6 + shares.sum(1, keepdim=True))
+            tokens = tokens + self.reconstruct((weights @ prototypes).to(tokens.dtype))
+        grouping: Grouping = self.unit(tokens, group_tokens)
+        regularized = None if self.npr is None else self.npr(sources, grouping.queries)
+        return StageOutput(sources, group_tokens, grouping, regularized)
+
+
+class GroupingEncoder(nn.Module):
+    """Picture to groups: patches, stages of blocks with a grouping unit, blocks on the last groups.
+
+    Args:
+        config: Sizes.
+
+    Shape:
+        images ``[B, 3, H, W]``, normalised, sides multiples of the patch size, to :class:`Encoded`. Another size than
+        that of training interpolates the position embedding, bicubically.
+
+    Raises:
+        ValueError: Sizes that do not fit one another or the patches.
+
+    Example:
+        >>> encoder = GroupingEncoder(PRESETS["tiny"]).eval()
+        >>> out = encoder(torch.zeros(1, 3, 64, 96))
+        >>> out.grid, out.pooled.shape, out.stages[0].grouping.soft.shape
+        ((16, 24), torch.Size([1, 96]), torch.Size([1, 8, 384]))
+    """
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        if len(config.depths) != len(config.groups) + 1:
+            raise ValueError(
+                "GroupingEncoder: depths must have one entry more than groups, for the blocks behind the last unit; "
+                f"got {config.depths} and {config.groups}"
+            )
+        if config.reconstruct and config.npr is None:
+            raise ValueError("GroupingEncoder: reconstruct needs prototypes; set npr to a dict, {} for the defaults")
+        self.config = config
+        self.stem = _patch_stem(config) if config.stem == "patch" else _conv_stem(config)
+        self.norm_stem = nn.LayerNorm(config.dim)
+        side = config.image_size // config.patch_size
+        self.position = nn.Parameter(0.02 * torch.randn(1, config.dim, side, side))
+        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        ends = torch.tensor(config.depths).cumsum(0).tolist()
+        parts = [rates[end - depth : end] for end, depth in zip(ends, config.depths, strict=True)]
+        self.stages = nn.ModuleList(Stage(config, index, part) for index, part in enumerate(parts[:-1]))
+        self.blocks = _blocks(config, parts[-1])
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Encode pictures. See the class for shapes."""
+        patch = self.config.patch_size
+        _checks.shape("GroupingEncoder", "images", images, ("B", 3, "H", "W"))
+        if images.shape[-2] % patch or images.shape[-1] % patch:
+            raise ValueError(
+                f"GroupingEncoder: the sides of images must be multiples of {patch}, got {tuple(images.shape[-2:])}; "
+                "resize or pad"
+            )
+        grid = self.stem(images)
+        tokens = self.norm_stem(grid.flatten(2).transpose(1, 2))
+        tokens = tokens + self._position(grid.shape[-2:]).flatten(2).transpose(1, 2)
+        stages: list[StageOutput] = []
+        for stage in self.stages:
+            stages.append(stage(tokens, stages[-1].group_tokens if stages else None))
+            tokens = stages[-1].grouping.groups
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        return Encoded(tokens.mean(1), tokens, tuple(stages), (grid.shape[-2], grid.shape[-1]))
+
+    def _position(self, size: torch.Size) -> Tensor:
+        if self.position.shape[-2:] == size:
+            return self.position
+        return F.interpolate(self.position, size, mode="bicubic", align_corners=False)
+
+
+def _blocks(config: ImageConfig, rates: list[float]) -> nn.ModuleList:
+    return nn.ModuleList(
+        Block(config.dim, config.heads, qkv_bias=True, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates
+    )
+
+
+def _patch_stem(config: ImageConfig) -> nn.Module:
+    return nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
+
+
+def _conv_stem(config: ImageConfig) -> nn.Module:
+    """Convolutions of stride 2 down to the patch's size, each with twice the channels of the one before."""
+    steps = int(math.log2(config.patch_size))
+    if 2**steps != config.patch_size or steps < 1:
+        raise ValueError(f"GroupingEncoder: the conv stem needs a patch_size of 2, 4, 8, ..., got {config.patch_size}")
+    layers: list[nn.Module] = []
+    channels = 3
+    for step in reversed(range(steps)):
+        wide = config.dim // 2**step
+        layers += [nn.Conv2d(channels, wide, 3, 2, 1, bias=False), nn.GroupNorm(math.gcd(wide, 8), wide), nn.GELU()]
+        channels = wide
+    return nn.Sequential(*layers)
