@@ -12,6 +12,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def gather_with_gradient(value: Tensor) -> Tensor:
+    """Concatenate ``value`` of every rank along axis 0; the gradient goes back to the rank that each row came from.
+
+    Args:
+        value: ``[n, ...]``, of the same shape on every rank.
+
+    Returns:
+        ``[world_size * n, ...]``; ``value`` itself outside a process group.
+    """
+    if world_size() == 1:
+        return value
+    from torch.distributed.nn.functional import all_gather as gather
+
+    parts: tuple[Tensor, ...] = gather(value.contiguous())  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def all_gather(value: Tensor) -> Tensor:
     """Concatenate ``value`` of every rank along axis 0, in rank order, without gradient.

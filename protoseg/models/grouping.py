@@ -134,7 +134,8 @@ class Stage(nn.Module):
         dim, groups = config.dim, config.groups[index]
         self.sequence = config.unit == "attention"
         self.blocks = _blocks(config, rates)
-        self.tokens = nn.Parameter(0.02 * torch.randn(groups, dim))
+        # Group tokens that only attend must differ from the start, or all of them see the same.
+        self.tokens = nn.Parameter((0.02 if self.sequence else 1.0) * torch.randn(groups, dim))
         self.carry = TokenMixer(dim, config.groups[index - 1], groups) if index else None
         if self.carry is not None:
             nn.init.zeros_(self.tokens)

@@ -6,17 +6,23 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoseg._distributed import all_gather, gather_with_gradient, world_size
+from protoseg._numeric import full_precision, unit
+from protoseg.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.models import _published
 from protoseg.models._pickles import read_checkpoint
+from protoseg.models.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
 from protoseg.models.text import TextTokens, TextTransformer, WordBag
 
-__all__ = ["PGSeg", "PGSegConfig"]
+__all__ = ["PRESETS", "PGSeg", "PGSegConfig", "PGSegOutput", "image_text_contrast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +35,12 @@ class PGSegConfig:
         text_width: Channels of a word.
         text_layers: Blocks of the transformer.
         embed_dim: Channels of the common space.
-        hidden: Channels inside the projections to it.
+        hidden: Channels inside the projections to it; 0: they are linear.
         vocabulary: The words that ``"words"`` knows.
+        npr_text: Options of the :class:`protoseg.GMMPrototypeRegularizer` on the words, which are projected to the
+            channels of the last groups; None for none.
+        nouns: Words of the vocabulary that the groups learn from one by one, too; only with ``"words"``. Not in the
+            paper. Without it the groups of small pictures all carry the whole picture.
     """
 
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
@@ -40,6 +50,34 @@ class PGSegConfig:
     embed_dim: int = 256
     hidden: int = 4096
     vocabulary: tuple[str, ...] = ()
+    npr_text: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    nouns: tuple[str, ...] = ()
+
+
+PRESETS: dict[str, PGSegConfig] = {
+    "tiny": PGSegConfig(image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0),
+    "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
+}
+
+
+class PGSegOutput(NamedTuple):
+    """What :class:`PGSeg` returns in training.
+
+    Attributes:
+        contrast: ``[]``, of pictures and texts.
+        image_prototypes: ``[]``, the regularisers' losses on image tokens, summed over the stages; 0 without them.
+        text_prototypes: ``[]``, the loss of the regulariser on words; 0 without it.
+        nouns: ``[]``, the loss of single words; 0 without it.
+        encoded: What the image encoder found.
+        words: What the regulariser on words returned; None without it.
+    """
+
+    contrast: Tensor
+    image_prototypes: Tensor
+    text_prototypes: Tensor
+    nouns: Tensor
+    encoded: Encoded
+    words: GroupPrototypes | None
 
 
 class PGSeg(nn.Module):
@@ -52,6 +90,8 @@ class PGSeg(nn.Module):
         left_out: Names of a published checkpoint's tensors that :meth:`from_published` did not need.
     """
 
+    nouns: Tensor
+
     def __init__(self, config: PGSegConfig) -> None:
         super().__init__()
         self.config, self.left_out = config, list[str]()
@@ -61,9 +101,50 @@ class PGSeg(nn.Module):
             self.text = WordBag(config.vocabulary, config.text_width)
         else:
             self.text = TextTransformer(config.text_width, config.text_layers)
-        self.image_projector = ProjectionMLP(config.image.dim, config.embed_dim, config.hidden)
-        self.text_projector = ProjectionMLP(config.text_width, config.embed_dim, config.hidden)
+        self.image_projector = _projector(config.image.dim, config)
+        self.text_projector = _projector(config.text_width, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.npr_text = None
+        if config.npr_text is not None:
+            self.npr_text = GMMPrototypeRegularizer(config.image.dim, config.image.groups[-1], **config.npr_text)
+            self.word_projector = nn.Linear(config.text_width, config.image.dim)
+        if config.nouns:
+            if not isinstance(self.text, WordBag):
+                raise ValueError('PGSeg: nouns needs text="words", whose vocabulary they are from')
+            if unknown := set(config.nouns) - set(config.vocabulary):
+                raise ValueError(f"PGSeg: nouns that are not in the vocabulary: {', '.join(sorted(unknown))}")
+            self.register_buffer("nouns", self.text.tokenize(config.nouns), persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> PGSegOutput:
+        """Compute the losses of pictures ``[B, 3, H, W]`` and the tokens ``[B, T]`` of their texts."""
+        embedding, encoded = self.encode_image(images)
+        sentence, words = self.encode_text(tokens)
+        scale = self.log_scale.exp().clamp_max(LARGEST_SCALE)
+        contrast = image_text_contrast(embedding, sentence, scale, same=_fingerprint(tokens))
+        zero = contrast.new_zeros(())
+        found = [stage.regularized.loss for stage in encoded.stages if stage.regularized is not None]
+        by_words = None
+        if self.npr_text is not None:
+            queries = encoded.stages[-1].grouping.queries
+            by_words = self.npr_text(self.word_projector(words.words), queries, words.mask)
+        return PGSegOutput(
+            contrast=contrast,
+            image_prototypes=torch.stack(found).sum() if found else zero,
+            text_prototypes=by_words.loss if by_words is not None else zero,
+            nouns=self._noun_loss(encoded.groups, tokens, scale) if self.config.nouns else zero,
+            encoded=encoded,
+            words=by_words,
+        )
+
+    def _noun_loss(self, groups: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+        """Contrast each noun of a text with the nouns that are not in it, by the group that is most like it, softly."""
+        nouns, _ = self.encode_text(self.nouns)
+        cosines = unit(self.image_projector(groups).float()) @ unit(nouns.float()).T
+        logits = (scale * cosines).logsumexp(1)
+        there = (tokens.unsqueeze(-1) == self.nouns.squeeze(-1)).any(1)
+        absent = logits.masked_fill(there, -torch.inf).logsumexp(1, keepdim=True)
+        terms = F.softplus(absent - logits) * there
+        return (terms.sum(1) / there.sum(1).clamp_min(1)).mean()
 
     @classmethod
     def from_published(cls, path: str | os.PathLike[str]) -> PGSeg:
@@ -88,7 +169,7 @@ class PGSeg(nn.Module):
         state = stored.get("model", stored) if isinstance(stored, dict) else None
         if not isinstance(state, Mapping):
             raise ValueError(f"{path}: expected a dict of tensors, or one with the key 'model'")
-        model = cls(PGSegConfig(**_published.read_config(state)))
+        model = cls(PGSegConfig(**_published.read_config(state), npr_text=None))
         translated, model.left_out = _published.translate(state)
         missing, unexpected = model.load_state_dict(translated, strict=False)
         if missing or unexpected:
@@ -104,3 +185,53 @@ class PGSeg(nn.Module):
         """Embed tokens ``[B, T]``: ``[B, E]``, of any length, and the words."""
         words = self.text(tokens)
         return self.text_projector(words.sentence), words
+
+
+def _projector(inputs: int, config: PGSegConfig) -> nn.Module:
+    if config.hidden:
+        return ProjectionMLP(inputs, config.embed_dim, config.hidden)
+    return nn.Linear(inputs, config.embed_dim)
+
+
+def _fingerprint(tokens: Tensor) -> Tensor:
+    """A number for each row of tokens that equal rows share, however much padding they have."""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    # Odd multipliers modulo 2^64, from the golden ratio: rows that differ practically never meet.
+    return (tokens.long() * (places * -7046029254386353131 | 1)).sum(1)
+
+
+def image_text_contrast(images: Tensor, texts: Tensor, scale: float | Tensor, same: Tensor | None = None) -> Tensor:
+    r"""Contrast pictures and texts over all ranks, both ways.
+
+    .. math::
+        L = -\frac{1}{2B} \sum_i \Bigl( \sum_j q_{ij} \log \mathrm{softmax}_j\, t \langle z_i, u_j \rangle
+        + \sum_j q_{ij} \log \mathrm{softmax}_j\, t \langle u_i, z_j \rangle \Bigr)
+
+    with unit vectors :math:`z` of pictures and :math:`u` of texts; :math:`q_{ij}` shares 1 among the pairs whose texts
+    are the same (in the paper and its code each pair has only itself, so that equal captions push each other away).
+
+    Args:
+        images: ``[B, E]``, of any length.
+        texts: ``[B, E]``.
+        scale: :math:`t`, the inverse temperature.
+        same: ``[B]`` int64, equal where texts are the same; all are different where not given.
+
+    Returns:
+        ``[]``. Under DDP the mean over the ranks is the loss of the whole batch, and so is its gradient.
+
+    Example:
+        >>> images, texts = torch.eye(2), torch.eye(2)
+        >>> image_text_contrast(images, texts, 10.0) < image_text_contrast(images, texts.flip(0), 10.0)
+        tensor(True)
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts = unit(full_precision(images)), unit(full_precision(texts))
+        all_images, all_texts = gather_with_gradient(images), gather_with_gradient(texts)
+        if same is None:
+            rank = dist.get_rank() if world_size() > 1 else 0
+            same = torch.arange(len(images), device=images.device) + rank * len(images)
+        equal = (same.unsqueeze(1) == all_gather(same)).to(images.dtype)
+        target = equal / equal.sum(1, keepdim=True)
+        of_images = F.log_softmax(scale * images @ all_texts.T, 1)
+        of_texts = F.log_softmax(scale * texts @ all_images.T, 1)
+        return -(target * (of_images + of_texts)).sum(1).mean() / 2
