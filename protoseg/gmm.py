@@ -59,8 +59,8 @@ class GMMPrototypeRegularizer(nn.Module):
     In ``train()`` the buffer then moves: :math:`\mu \leftarrow \gamma \mu + (1 - \gamma) \bar\mu` with the mean
     prototypes over the images of all ranks, and back to unit length.
 
-    The gradient reaches the group tokens and the temperature, never the tokens. The same class serves image tokens and
-    word tokens, the latter projected to ``dim`` and with a ``token_mask`` for the padding.
+    The gradient reaches the group tokens and the temperature; the tokens only with ``detach_tokens=False``. The same
+    class serves image tokens and word tokens, the latter projected to ``dim``, with a ``token_mask`` for the padding.
 
     Deviations from the published code, each of which ``compat="pgseg-repo"`` undoes:
 
@@ -89,6 +89,8 @@ class GMMPrototypeRegularizer(nn.Module):
         learnable_temperature: Train its logarithm, at most 100 for :math:`1/t`, as the published code does.
         estimator: ``"gmm"``; to compare with: ``"kmeans"`` (hard shares) and ``"random"`` (K random tokens).
         matching: ``"hungarian"``; to compare with: ``"greedy"`` and ``"none"`` (each group its best prototype).
+        detach_tokens: Keep the gradient from the tokens, as the paper does. False lets it through the last M-step, the
+            shares being constant: for tokens that come out of a projection which nothing else would train.
         compat: ``"pgseg-repo"`` for the published arithmetic, error by error, to continue released weights; the
             options of kernel, bandwidth, rejection, estimator and matching do not count then, and ``K`` must equal
             ``G``.
@@ -133,6 +135,7 @@ class GMMPrototypeRegularizer(nn.Module):
         learnable_temperature: bool = True,
         estimator: Estimator = "gmm",
         matching: Matching = "hungarian",
+        detach_tokens: bool = True,
         compat: Literal["pgseg-repo"] | None = None,
         check_values: bool | None = None,
         device: torch.device | str | None = None,
@@ -162,6 +165,7 @@ class GMMPrototypeRegularizer(nn.Module):
         self.temperature = temperature
         self.estimator: Estimator = estimator
         self.matching: Matching = matching
+        self.detach_tokens = detach_tokens
         self.compat, self.check_values = compat, check_values
         self.log_scale = nn.Parameter(torch.zeros((), device=device), requires_grad=learnable_temperature)
         self.register_buffer("mu", torch.empty(num_prototypes, dim, device=device))
@@ -185,9 +189,15 @@ class GMMPrototypeRegularizer(nn.Module):
         dtype = group_tokens.dtype
         groups = full_precision(group_tokens)
         scale = self.log_scale.to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
-        prototypes, responsibilities = self.estimate(tokens.detach().to(groups.dtype), mask)
+        tokens = tokens.to(groups.dtype)
+        prototypes, responsibilities = self.estimate(tokens, mask)
+        directions = unit(prototypes)
+        if not self.detach_tokens and self.compat is None:
+            kept = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+            sums = responsibilities.transpose(1, 2) @ (unit(kept) if self.kernel == "cosine" else kept)
+            directions = torch.where((responsibilities > 0).any(1).unsqueeze(-1), unit(sums), directions)
         known = prototypes.new_ones(len(prototypes), dtype=torch.bool) if mask is None else mask.any(1)
-        similarity = unit(groups) @ unit(prototypes).transpose(1, 2)
+        similarity = unit(groups) @ directions.transpose(1, 2)
         if self.compat is None:
             matched = match(similarity, self.matching)
             own = own_similarity(similarity, matched)

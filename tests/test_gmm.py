@@ -141,6 +141,27 @@ def test_the_gradient_reaches_groups_and_temperature_but_not_tokens() -> None:
     assert not make(learnable_temperature=False).log_scale.requires_grad
 
 
+@pytest.mark.parametrize("kernel", ["dot", "gaussian", "cosine"])
+def test_the_gradient_reaches_tokens_when_told_to(kernel: Any) -> None:
+    module = make(kernel=kernel, detach_tokens=False, reject_threshold=-1.0).eval()
+    tokens, groups = (each.requires_grad_() for each in batch())
+    mask = torch.arange(L).expand(B, -1) < L - 2
+    out, want = module(tokens, groups, mask), make(kernel=kernel, reject_threshold=-1.0).eval()(tokens, groups, mask)
+    torch.testing.assert_close(out.loss, want.loss)
+    (got,) = torch.autograd.grad(out.loss, tokens)
+    assert not got[:, -2:].any()
+
+    def loss(x: Tensor) -> Tensor:
+        """With the shares as constants."""
+        directions = F.normalize(x, dim=-1) if kernel == "cosine" else x
+        sums = out.responsibilities.mT @ (directions * mask.unsqueeze(-1))
+        similarity = F.normalize(groups, dim=-1) @ F.normalize(sums, dim=-1).mT
+        return symmetric_contrast(similarity, out.match, out.accepted, 10.0)
+
+    torch.testing.assert_close(got, torch.autograd.grad(loss(tokens), tokens)[0])
+    assert not out.prototypes.requires_grad
+
+
 def test_the_temperature_is_clamped() -> None:
     module = make(reject_threshold=-1.0)
     tokens, groups = batch()
@@ -318,48 +339,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         mean = (first["loss"][step] + second["loss"][step]) / 2
         torch.testing.assert_close(mean, alone["loss"][step], rtol=0, atol=1e-5)
         torch.testing.assert_close(first["gradients"][step], alone["gradients"][step], rtol=1e-4, atol=1e-5)
-
-
-def published_loop(mu: Tensor, tokens: Tensor, groups: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the published code computes, one image and pair at a time: prototypes, matches, loss."""
-    prototypes, matches = [], []
-    rows: dict[str, list[Tensor]] = {"groups": [], "prototypes": []}
-    for x, g in zip(tokens, groups, strict=True):
-        centres = mu
-        for _ in range(10):
-            shares = torch.stack([torch.softmax(torch.stack([token @ m for m in centres]), 0) for token in x])
-            shares = shares / (1e-6 + shares.sum(0))
-            centres = torch.stack([sum(s * t for s, t in zip(column, x, strict=True)) for column in shares.T])  # type: ignore[misc]
-            centres = centres / (1e-6 + centres.norm(dim=axis, keepdim=True))
-        cosines = torch.stack([torch.stack([F.cosine_similarity(a, p, dim=0) for p in centres]) for a in g])
-        pairs = match(-cosines[None])[0]  # the least similar
-        near = cosines[:, pairs]
-        count = len(g)
-        for name, table in (("prototypes", near), ("groups", near.T)):
-            low, high = table.min(0).values[0], table.max(0).values[0]
-            for i in range(count):
-                if (table[i, 0] - low) / (high - low + 1e-6) > 0.1:
-                    rows[name].append(-F.log_softmax(10 * table[:, i], 0)[i])
-        prototypes.append(centres)
-        matches.append(pairs)
-    loss = torch.stack(rows["groups"]).mean() + torch.stack(rows["prototypes"]).mean()
-    return torch.stack(prototypes), torch.stack(matches), loss
-
-
-@pytest.mark.parametrize("dim", [D, 1], ids=["image", "text"])
-def test_published_arithmetic_equals_a_loop(dim: int) -> None:
-    module = GMMPrototypeRegularizer(dim, K, compat="pgseg-repo").double()
-    torch.testing.assert_close(module.mu.norm(dim=0 if dim == 1 else 1), torch.ones(1 if dim == 1 else K).double())
-    tokens, groups = torch.randn(B, L, dim).double(), torch.randn(B, K, dim).double()
-    mu = module.mu.clone()
-    out = module(tokens, groups)
-    prototypes, matches, loss = published_loop(mu, tokens, groups, 0 if dim == 1 else 1)
-    torch.testing.assert_close(out.prototypes, prototypes)
-    if dim > 1:  # cosines of one channel are 1 and -1: many pairings are as good as the best
-        assert torch.equal(out.match, matches)
-        torch.testing.assert_close(out.loss, loss)
-    moved = 0.9 * mu + 0.1 * prototypes.mean(0) if dim == 1 else mu
-    torch.testing.assert_close(module.mu, moved)
 
 
 def test_bad_input() -> None:

@@ -28,7 +28,7 @@ def test_import_is_light_and_silent() -> None:
     assert not heavy & loaded
 
 
-@pytest.mark.parametrize("name", ["protoseg", "protoseg.functional", "protoseg.context"])
+@pytest.mark.parametrize("name", ["protoseg", "protoseg.functional", "protoseg.context", "protoseg.gmm"])
 def test_all_names_exist(name: str) -> None:
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from protoseg.models._pickles import read_checkpoint
 from protoseg.models.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
 from protoseg.models.text import TextTokens, TextTransformer, WordBag
+from protoseg.models.zeroshot import ZeroShot, segment
 
 __all__ = ["PRESETS", "PGSeg", "PGSegConfig", "PGSegOutput", "image_text_contrast"]
 
@@ -39,6 +40,7 @@ class PGSegConfig:
         vocabulary: The words that ``"words"`` knows.
         npr_text: Options of the :class:`protoseg.GMMPrototypeRegularizer` on the words, which are projected to the
             channels of the last groups; None for none.
+        test_side: Shorter side of test pictures, and of the windows that they are read in, in pixels.
         nouns: Words of the vocabulary that the groups learn from one by one, too; only with ``"words"``. Not in the
             paper. Without it the groups of small pictures all carry the whole picture.
     """
@@ -51,11 +53,12 @@ class PGSegConfig:
     hidden: int = 4096
     vocabulary: tuple[str, ...] = ()
     npr_text: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    test_side: int = 448
     nouns: tuple[str, ...] = ()
 
 
 PRESETS: dict[str, PGSegConfig] = {
-    "tiny": PGSegConfig(image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0),
+    "tiny": PGSegConfig(image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0, test_side=64),
     "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
 }
 
@@ -106,7 +109,8 @@ class PGSeg(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.npr_text = None
         if config.npr_text is not None:
-            self.npr_text = GMMPrototypeRegularizer(config.image.dim, config.image.groups[-1], **config.npr_text)
+            options = {"detach_tokens": False, **config.npr_text}  # or nothing would train the projection of the words
+            self.npr_text = GMMPrototypeRegularizer(config.image.dim, config.image.groups[-1], **options)
             self.word_projector = nn.Linear(config.text_width, config.image.dim)
         if config.nouns:
             if not isinstance(self.text, WordBag):
@@ -145,6 +149,10 @@ class PGSeg(nn.Module):
         absent = logits.masked_fill(there, -torch.inf).logsumexp(1, keepdim=True)
         terms = F.softplus(absent - logits) * there
         return (terms.sum(1) / there.sum(1).clamp_min(1)).mean()
+
+    def segment(self, image: Tensor, class_names: Sequence[str | Sequence[str]], **options: Any) -> ZeroShot:
+        """Give each pixel of a uint8 picture ``[3, H, W]`` a class: :func:`protoseg.models.zeroshot.segment`."""
+        return segment(self, image, class_names, **options)
 
     @classmethod
     def from_published(cls, path: str | os.PathLike[str]) -> PGSeg:
