@@ -85,7 +85,7 @@ def open_pictures(data: str, split: str, args: argparse.Namespace) -> Pictures:
 
     Args:
         data: ``"scenes"`` or the path of a folder.
-        split: Name of the folder's split; made scenes have ``train`` and ``val``, with no picture in common.
+        split: Name of the folder's split; made scenes have ``train``, ``tune`` and ``val``, with no picture in common.
         args: The flags ``train_scenes``, ``eval_scenes`` and ``size`` of scenes, ``tags``, ``mask_dir`` and
             ``skip_broken`` of a folder.
 
@@ -93,9 +93,8 @@ def open_pictures(data: str, split: str, args: argparse.Namespace) -> Pictures:
         The pictures.
     """
     if data == "scenes":
-        training = split == "train"
-        count = args.train_scenes if training else args.eval_scenes
-        return Pictures(Scenes(count, seed=0 if training else 1, size=args.size))
+        count = args.train_scenes if split == "train" else args.eval_scenes
+        return Pictures(Scenes(count, seed={"train": 0, "tune": 2}.get(split, 1), size=args.size))
     return Pictures(VOCFolder(data, split, tags=args.tags, mask_dir=args.mask_dir), skip_broken=args.skip_broken)
 
 

@@ -1,0 +1,161 @@
+"""The PGSeg trainer: what it writes, other data, killed runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protoseg.data.pairs import ScenePairs, write_shards
+from protoseg.data.scenes import Scenes
+from tests.trainer import SETTINGS, assert_equal, common, findings
+
+import train_pgseg  # isort: skip
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_pgseg.py"
+TINY = ["--device", "cpu", "--size", "32", "--patch", "8", "--epochs", "2", "--batch", "8", "--train-scenes", "16"]
+TINY += ["--eval-scenes", "4"]
+
+
+def run(output: Path, *flags: str) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_pgseg.main([*TINY, "--output", str(output), *flags])
+    finally:
+        torch.set_num_threads(threads)
+    found: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_metrics_have_the_documented_form(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--eval-every", "1")
+    entry = metrics["maps"]["eval"]["zeroshot"]
+    assert set(entry) == {"miou", "threshold", "threshold_from", "per_class"}
+    assert entry["threshold_from"] == "other pictures"
+    assert list(entry["per_class"]) == ["background", *Scenes(1).classes]
+    known = [value for value in entry["per_class"].values() if value is not None]
+    assert entry["miou"] == pytest.approx(sum(known) / len(known))
+    assert set(metrics["groups"]) == {"oracle", "used", "redundancy", "compactness"}
+    assert metrics["groups"]["oracle"] >= entry["miou"]
+    assert 1 <= metrics["groups"]["used"] <= 8
+    for part in ("image 1", "text"):
+        assert 0 <= metrics["prototypes"][f"{part} accepted"] <= 1
+        assert -1 <= metrics["prototypes"][f"{part} prototype cosine"] <= 1
+        assert 1 <= metrics["prototypes"][f"{part} prototypes in use"] <= 8
+    assert len(metrics["history"]) == 2
+    assert set(metrics["history"][0]) == {"losses", "prototypes", "zeroshot"}
+    assert "zero-shot" in (tmp_path / "report.html").read_text(encoding="utf-8").lower().replace(
+        "zeroshot", "zero-shot"
+    )
+
+
+@pytest.mark.parametrize("npr", ["none", "image", "text"])
+def test_prototypes_that_are_not_asked_for_do_not_count(npr: str, tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--npr", npr, "--epochs", "1", "--npr-options", "reject_threshold=-1")
+    losses = metrics["history"][0]["losses"]
+    assert (losses["image prototypes"] > 0) == (npr == "image")
+    assert (losses["text prototypes"] > 0) == (npr == "text")
+    assert any("image" in key for key in metrics["prototypes"]) == (npr == "image")
+
+
+def test_a_start_later_leaves_the_first_epochs_alone(tmp_path: Path) -> None:
+    history = run(tmp_path, "--npr-start", "0.5", "--npr-options", "reject_threshold=-1")["history"]
+    assert [entry["losses"]["image prototypes"] > 0 for entry in history] == [False, True]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    long = ("--epochs", "6")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    want = run(whole, *long)
+    command = [sys.executable, str(SCRIPT), *TINY, "--output", str(broken), *long]
+    process = subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
+    path, deadline = broken / "checkpoint" / "last.pt", time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert common.load_checkpoint(path)["epoch"] < 6
+    got = run(broken, *long, "--resume")
+    assert_equal(common.load_checkpoint(path), common.load_checkpoint(whole / "checkpoint" / "last.pt"))
+    assert findings(got) == findings(want)
+
+
+def test_a_run_of_other_flags_is_not_resumed(tmp_path: Path) -> None:
+    run(tmp_path, "--epochs", "1")
+    with pytest.raises(SystemExit, match=r"npr was 'both' and is 'none'; give the same flags"):
+        run(tmp_path, "--epochs", "1", "--npr", "none", "--resume")
+
+
+def test_a_csv_and_a_folder(tmp_path: Path) -> None:
+    scenes = Scenes(12, size=32)
+    folder = tmp_path / "voc"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rows, tags = ["path,caption"], ["id,labels"]
+    for index, name in enumerate(scenes.ids):
+        sample = scenes[index]
+        assert sample.mask is not None
+        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(folder / "JPEGImages" / f"{name}.png")
+        Image.fromarray(sample.mask.numpy().astype(np.uint8)).save(folder / "SegmentationClass" / f"{name}.png")
+        rows.append(f"voc/JPEGImages/{name}.png,{sample.caption}")
+        there = [each for each, tag in zip(scenes.classes, sample.labels.tolist(), strict=True) if tag]
+        tags.append(f"{name},{' '.join(there)}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    (folder / "labels.csv").write_text("\n".join(tags) + "\n")
+    (folder / "classes.txt").write_text("\n".join(("background", *scenes.classes)) + "\n")
+    for split in ("train", "val"):
+        (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(scenes.ids) + "\n")
+    by_csv = run(
+        tmp_path / "a", "--data", str(tmp_path / "pairs.csv"), "--eval-data", str(folder), "--nouns", "molu", "brell"
+    )
+    assert by_csv["maps"]["eval"]["zeroshot"]["miou"] > 0
+    by_tags = run(tmp_path / "b", "--data", str(folder))
+    assert by_tags["maps"]["eval"]["zeroshot"]["miou"] > 0
+    alone = run(tmp_path / "c", "--data", str(tmp_path / "pairs.csv"))
+    assert alone["maps"] == {"eval": {}}
+
+
+def test_shards_train_the_transformer_and_broken_ones_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="the extra clip is not installed")
+    pytest.importorskip("webdataset", reason="the extra pairs is not installed")
+    shards = write_shards(ScenePairs(Scenes(8, size=32)), tmp_path / "shards", 4)
+    shards[1].write_bytes(shards[1].read_bytes()[:-12000])
+    flags = [
+        "--preset",
+        "vit-s",
+        "--data",
+        str(tmp_path / "shards" / "pairs-{000000..000001}.tar"),
+        "--shard-pairs",
+        "8",
+    ]
+    flags += ["--patch", "16", "--batch", "4", "--epochs", "1", "--eval-data", "scenes", "--eval-scenes", "1"]
+    metrics = run(tmp_path / "out", *flags)
+    assert sum(metrics["broken"].values()) > 0
+    assert metrics["maps"]["eval"]["zeroshot"]["miou"] >= 0
+    with pytest.raises(SystemExit, match="shards need --shard-pairs"):
+        run(tmp_path / "other", "--data", str(shards[0]), "--preset", "vit-s")
+    with pytest.raises(SystemExit, match="its words come from all captions"):
+        run(tmp_path / "other", "--data", str(shards[0]), "--shard-pairs", "4")
+
+
+def test_impossible_flags(tmp_path: Path) -> None:
+    for flags, message in (
+        (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--npr-options", "kernel"], "--npr-options: expected NAME=VALUE, got 'kernel'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path, *flags)
