@@ -74,6 +74,7 @@ def test_equal_captions_are_merged_whatever_their_padding() -> None:
     torch.testing.assert_close(net(pictures(), torch.nn.functional.pad(tokens, (0, 4))).contrast, want)
 
 
+@torch.no_grad()
 def test_the_loss_of_nouns_equals_a_loop() -> None:
     net = model()
     out = net(pictures(), net.text.tokenize(TEXTS))
