@@ -108,45 +108,49 @@ def _rounds(
     sharpness: float | Tensor,
     hard: bool,
 ) -> Mixture:
+    """Run EM with shares as ``[B, K, L]``: with few prototypes a softmax across them is faster along the tokens."""
     length, dim = tokens.shape[1:]
     gram = tokens @ tokens.transpose(1, 2) if length < 2 * dim and iterations > 2 else None
-    first = tokens @ start.transpose(1, 2)  # <x, mu>, [B, L, K]
-    inner, squared = first, start.square().sum(-1).unsqueeze(1)  # |mu|^2, [B, 1, K]
-    began = squared
+    # <mu, x> and |mu|^2, both times the sharpness; [B, K, L] and [B, K, 1].
+    first, began = _compared(tokens, start, sharpness)
+    inner, squared = first, began
     for _ in range(iterations - 1):
-        shares = _shares(inner, squared, kernel, mask, sharpness, hard)
+        shares = _shares(inner, squared, kernel, mask, hard)
         if gram is None:
-            centres = _means(tokens, shares, kernel, start)
-            inner, squared = tokens @ centres.transpose(1, 2), centres.square().sum(-1).unsqueeze(1)
+            inner, squared = _compared(tokens, _means(tokens, shares, kernel, start), sharpness)
             continue
         # mu = X^T r / z with z the mass or the length, so <x, mu> = (X X^T r) / z and |X^T r|^2 = r^T X X^T r.
-        reached = gram @ shares
-        norms = torch.einsum("blk,blk->bk", reached, shares).unsqueeze(1).clamp_min_(0.0)
-        size = shares.sum(1, keepdim=True) if kernel == "gaussian" else norms.sqrt()
+        reached = shares @ gram
+        norms = (shares * reached).sum(-1, keepdim=True).clamp_min_(0.0)
+        size = shares.sum(-1, keepdim=True) if kernel == "gaussian" else norms.sqrt()
         lost, size = size <= _TINY, size.clamp_min(_TINY)
-        inner = torch.where(lost, first, reached.div_(size))
+        inner = reached.mul_(sharpness / size)
         if kernel == "gaussian":
-            squared = torch.where(lost, began, norms / size.square())
-    shares = _shares(inner, squared, kernel, mask, sharpness, hard)
-    return Mixture(_means(tokens, shares, kernel, start), shares)
+            squared = torch.where(lost, began, sharpness * norms / size.square())
+        # Where asking costs nothing, a pass over all scores is saved: it is rare that a prototype loses all its tokens.
+        if torch.compiler.is_compiling() or lost.device.type != "cpu" or bool(lost.any()):
+            inner = torch.where(lost, first, inner)
+    shares = _shares(inner, squared, kernel, mask, hard)
+    return Mixture(_means(tokens, shares, kernel, start), shares.transpose(1, 2))
 
 
-def _shares(
-    inner: Tensor, squared: Tensor, kernel: Kernel, mask: Tensor | None, sharpness: float | Tensor, hard: bool
-) -> Tensor:
-    """E-step: ``[B, L, K]``."""
+def _compared(tokens: Tensor, centres: Tensor, sharpness: float | Tensor) -> tuple[Tensor, Tensor]:
+    sharp = centres * sharpness
+    return sharp @ tokens.transpose(1, 2), (sharp * centres).sum(-1, keepdim=True)
+
+
+def _shares(inner: Tensor, squared: Tensor, kernel: Kernel, mask: Tensor | None, hard: bool) -> Tensor:
+    """E-step: ``[B, K, L]``."""
     # The token's own |x|^2 is the same for all prototypes, so that the softmax does not see it.
     scores = inner - squared / 2 if kernel == "gaussian" else inner
-    if hard:
-        shares = torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
-    else:
-        shares = (scores * sharpness).softmax(-1)
-    return shares if mask is None else shares * mask.unsqueeze(-1)
+    best = scores.argmax(1, keepdim=True) if hard else None
+    shares = scores.softmax(1) if best is None else torch.zeros_like(scores).scatter_(1, best, 1.0)
+    return shares if mask is None else shares * mask.unsqueeze(1)
 
 
 def _means(tokens: Tensor, shares: Tensor, kernel: Kernel, start: Tensor) -> Tensor:
     """M-step: ``[B, K, D]``."""
-    sums = shares.transpose(1, 2) @ tokens
+    sums = shares @ tokens
     mass = kernel == "gaussian"
-    size = shares.sum(1).unsqueeze(-1) if mass else torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+    size = shares.sum(-1, keepdim=True) if mass else torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
     return torch.where(size <= _TINY, start, sums / size.clamp_min(_TINY))
