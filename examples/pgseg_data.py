@@ -91,7 +91,7 @@ def open_views(args: argparse.Namespace, report: Path) -> Views | ShardPairs[Vie
     elif data.endswith(".csv"):
         pairs = CsvPairs(data)
     elif Path(data).is_dir():
-        pairs = TagPairs(VOCFolder(data, args.train_split, masks="none"))
+        pairs = TagPairs(VOCFolder(data, args.train_split, tags=args.tags, masks="none", mask_dir=args.mask_dir))
     else:
         if args.shard_pairs is None:
             raise SystemExit("--data: shards need --shard-pairs, the pairs of an epoch on each process")
