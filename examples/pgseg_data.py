@@ -89,7 +89,7 @@ def open_views(args: argparse.Namespace, report: Path) -> Views | ShardPairs[Vie
     if data == "scenes":
         pairs: Any = ScenePairs(Scenes(args.train_scenes, seed=0, size=args.size))
     elif data.endswith(".csv"):
-        pairs = CsvPairs(data)
+        pairs = CsvPairs(data, report=report)
     elif Path(data).is_dir():
         pairs = TagPairs(VOCFolder(data, args.train_split, tags=args.tags, masks="none", mask_dir=args.mask_dir))
     else:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from protoseg.data import UnreadableFileError
-from protoseg.data.pairs import CsvPairs, ScenePairs
+from protoseg.data.pairs import Broken, CsvPairs, ScenePairs
 from protoseg.data.scenes import Scenes
 from tests.test_pairs import png
 
@@ -62,6 +63,31 @@ def test_other_faults_of_a_csv(table: Path) -> None:
         pairs[2]
     with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file; write it"):
         CsvPairs(table.parent / "none.csv")
+
+
+def test_broken_rows_are_left_out_counted_and_named(table: Path) -> None:
+    folder = table.parent
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8")
+    (folder / "three.png").write_bytes(png(3))
+    rows = ["path,caption", "in/one.png,one", "cut.jpg,cut", "three.png,three", "none.png,none", ",no path", "two.jpg,"]
+    table.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    pairs = CsvPairs(table, report=folder / "report")
+    assert len(pairs) == 3
+    loader = DataLoader(pairs, 3, num_workers=2, collate_fn=list)
+    for _ in range(2):  # what is met twice counts once
+        assert [pair.caption for batch in loader for pair in batch] == ["one", "three", "three"]
+    assert pairs[-2].caption == "three"
+    broken = Broken.read(folder / "report")
+    assert broken.counts == {"no picture": 2, "no caption": 1, "broken picture": 1}
+    assert broken.names["broken picture"] == [f"{table}: cut.jpg"]
+    assert broken.names["no picture"] == [f"{table}: line 5", f"{table}: line 6"]
+    for name in ("in/one.png", "three.png"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(UnreadableFileError, match="cannot be read"):
+        pairs[0]
+    table.write_text("path,caption\nnone.png,none\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no rows that can be used"):
+        CsvPairs(table, report=folder / "report")
 
 
 def test_palettes_with_transparency_become_rgb_in_silence(table: Path) -> None:

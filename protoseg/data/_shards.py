@@ -20,12 +20,12 @@ from torch import Tensor
 
 from protoseg import _checks
 from protoseg.data import UnreadableFileError
+from protoseg.data._pair import Pair
 from protoseg.data._voc_files import pillow
 
 __all__ = [
     "Broken",
     "BrokenSampleError",
-    "Pair",
     "Raw",
     "Report",
     "decode",
@@ -51,23 +51,6 @@ class BrokenSampleError(ValueError):
     def __init__(self, reason: Reason, problem: str) -> None:
         super().__init__(problem)
         self.reason = reason
-
-
-class Pair(NamedTuple):
-    """A picture and what somebody said of it.
-
-    Attributes:
-        key: Its name: in a shard, what its files have in common; in a CSV, its path without the ending.
-        image: ``[3, H, W]`` uint8, RGB; H and W differ from pair to pair.
-        caption: The sentence, never empty.
-        place: ``(worker, number)``: the ``number``-th pair, from 1, that this worker of this rank gives in the epoch;
-            what `ShardPairs` needs to go on behind it. ``(0, 0)`` from other sources.
-    """
-
-    key: str
-    image: Tensor
-    caption: str
-    place: tuple[int, int] = (0, 0)
 
 
 class Raw(NamedTuple):

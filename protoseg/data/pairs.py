@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from protoseg import _checks
-from protoseg.data import UnreadableFileError, _shards
-from protoseg.data._shards import Broken, Pair
+from protoseg.data import _shards
+from protoseg.data._csv import CsvPairs
+from protoseg.data._pair import Pair, T
+from protoseg.data._shards import Broken
 from protoseg.data.scenes import Scenes
 
 __all__ = ["Broken", "CsvPairs", "Pair", "ScenePairs", "ShardPairs", "write_shards"]
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-
-
-if TYPE_CHECKING:  # a default needs Python 3.13 or typing_extensions, which only a type checker is sure to have
-    from typing_extensions import TypeVar
-
-    T = TypeVar("T", default=Pair)
-else:
-    from typing import TypeVar
-
-    T = TypeVar("T")
 
 
 class ShardPairs(IterableDataset[T]):
@@ -223,80 +214,6 @@ class ShardPairs(IterableDataset[T]):
         if self.shuffle:
             random.Random(f"shards {self.seed} {epoch}").shuffle(order)
         return order[rank::world]
-
-
-class CsvPairs(Dataset[T]):
-    r"""Pairs that a CSV lists.
-
-    All rows are read at construction, pictures at access. A broken picture is an error, as a place in a list cannot
-    be left out.
-
-    Args:
-        path: UTF-8 file whose first line names the columns ``path`` (of a JPEG or PNG, from the CSV's folder on) and
-            ``caption``; others are passed over.
-        transform: What is made of a pair; ``None`` gives the pair.
-
-    Raises:
-        FileNotFoundError: The file, or a picture that it lists, does not exist.
-        ValueError: A column or a cell is missing, or the file is no UTF-8 or no CSV; the message names the line.
-        UnreadableFileError: At access: the picture is truncated or of another format.
-        IndexError: At access, outside ``-N..N-1``.
-        ImportError: Pillow is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> from PIL import Image
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> Image.new("RGB", (8, 6)).save(folder / "one.png")
-        >>> _ = (folder / "pairs.csv").write_text("path,caption\none.png,\"a night, moonless\"\n")
-        >>> pair = CsvPairs(folder / "pairs.csv")[0]
-        >>> pair.key, pair.image.shape, pair.caption
-        ('one', torch.Size([3, 6, 8]), 'a night, moonless')
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, transform: Callable[[Pair], T] | None = None) -> None:
-        self.path = Path(path)
-        self.transform = transform
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file; write it with the header path,caption")
-        self._rows: list[tuple[str, str]] = []
-        try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:
-                self._read(csv.DictReader(file, strict=True))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: not a UTF-8 text file ({error}); save it as UTF-8") from error
-        except csv.Error as error:
-            raise ValueError(f"{self.path}, behind row {len(self._rows)}: broken CSV ({error}); mend it") from error
-        if not self._rows:
-            raise ValueError(f"{self.path}: no rows; write one for each picture behind the header")
-
-    def _read(self, table: csv.DictReader[str]) -> None:
-        columns = list(table.fieldnames or [])
-        if missing := [name for name in ("path", "caption") if name not in columns]:
-            raise ValueError(f"{self.path}: expected the columns path and caption, no {missing[0]!r} in {columns}")
-        for row in table:
-            where = f"{self.path}, line {table.line_num}"
-            name, caption = (row["path"] or "").strip(), (row["caption"] or "").strip()
-            if not name or not caption:
-                raise ValueError(f"{where}: expected a path and a caption, got {name!r} and {caption!r}")
-            if not (self.path.parent / name).is_file():
-                raise FileNotFoundError(f"{where}: no such picture: {self.path.parent / name}; add it or drop the line")
-            self._rows.append((name, caption))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> T:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"CsvPairs: index must be in {-len(self)}..{len(self) - 1}, got {index}")
-        name, caption = self._rows[index]
-        path = self.path.parent / name
-        try:
-            image = _shards.picture(path.read_bytes())
-        except (OSError, _shards.BrokenSampleError) as error:
-            raise UnreadableFileError(path, f"cannot be read ({error}); fetch or write the file again") from error
-        pair = Pair(PurePath(name).with_suffix("").as_posix(), image, caption)
-        return cast(T, pair) if self.transform is None else self.transform(pair)
 
 
 class ScenePairs(Dataset[T]):

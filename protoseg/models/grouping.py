@@ -42,7 +42,12 @@ class ImageConfig:
         drop_path: Largest rate of stochastic depth.
         reconstruct: Add the tokens' reconstruction from prototypes before grouping, through an MLP of 4096 channels.
             Not in the paper but in its published code and weights.
-        npr: Options of the :class:`protoseg.GMMPrototypeRegularizer` of each stage; None for none.
+        npr: Options of the :class:`protoseg.GMMPrototypeRegularizer` of each stage; None for none. There are as many
+            prototypes as groups, unless ``num_prototypes`` is among them.
+        npr_source: What prototypes are made of: ``"stage"``, the tokens that come into the stage (the published code);
+            ``"unit"``, those that its blocks hand to the unit.
+        npr_target: What prototypes are matched to: ``"queries"``, the group tokens that the assignment is made with
+            (the published code); ``"groups"``, the groups that the unit makes.
     """
 
     image_size: int = 224
@@ -56,12 +61,14 @@ class ImageConfig:
     drop_path: float = 0.1
     reconstruct: bool = False
     npr: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    npr_source: Literal["stage", "unit"] = "stage"
+    npr_target: Literal["queries", "groups"] = "queries"
 
 
 PRESETS: dict[str, ImageConfig] = {
     "tiny": ImageConfig(
         image_size=64,
-        patch_size=4,
+        patch_size=8,
         stem="conv",
         dim=96,
         heads=4,
@@ -142,7 +149,10 @@ class Stage(nn.Module):
         self.unit = (
             AttentionUnit(dim, config.heads, groups, groups) if self.sequence else SlotUnit(dim, config.heads, groups)
         )
-        self.npr = GMMPrototypeRegularizer(dim, groups, **config.npr) if config.npr is not None else None
+        self.npr_source, self.npr_target = config.npr_source, config.npr_target
+        self.npr = None
+        if config.npr is not None:
+            self.npr = GMMPrototypeRegularizer(dim, **{"num_prototypes": groups, **config.npr})
         self.reconstruct = ProjectionMLP(dim, dim) if config.reconstruct else None
 
     def forward(self, tokens: Tensor, previous: Tensor | None) -> StageOutput:
@@ -162,7 +172,10 @@ class Stage(nn.Module):
             weights = shares / (1e-6 + shares.sum(1, keepdim=True))
             tokens = tokens + self.reconstruct((weights @ prototypes).to(tokens.dtype))
         grouping: Grouping = self.unit(tokens, group_tokens)
-        regularized = None if self.npr is None else self.npr(sources, grouping.queries)
+        regularized = None
+        if self.npr is not None:
+            source = sources if self.npr_source == "stage" else tokens
+            regularized = self.npr(source, grouping.queries if self.npr_target == "queries" else grouping.groups)
         return StageOutput(sources, group_tokens, grouping, regularized)
 
 
@@ -183,7 +196,7 @@ class GroupingEncoder(nn.Module):
         >>> encoder = GroupingEncoder(PRESETS["tiny"]).eval()
         >>> out = encoder(torch.zeros(1, 3, 64, 96))
         >>> out.grid, out.pooled.shape, out.stages[0].grouping.soft.shape
-        ((16, 24), torch.Size([1, 96]), torch.Size([1, 8, 384]))
+        ((8, 12), torch.Size([1, 96]), torch.Size([1, 8, 96]))
     """
 
     def __init__(self, config: ImageConfig) -> None:

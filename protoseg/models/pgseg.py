@@ -58,7 +58,9 @@ class PGSegConfig:
 
 
 PRESETS: dict[str, PGSegConfig] = {
-    "tiny": PGSegConfig(image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0, test_side=64),
+    "tiny": PGSegConfig(
+        image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0, test_side=128
+    ),
     "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
 }
 
@@ -110,7 +112,8 @@ class PGSeg(nn.Module):
         self.npr_text = None
         if config.npr_text is not None:
             options = {"detach_tokens": False, **config.npr_text}  # or nothing would train the projection of the words
-            self.npr_text = GMMPrototypeRegularizer(config.image.dim, config.image.groups[-1], **options)
+            options = {"num_prototypes": config.image.groups[-1], **options}
+            self.npr_text = GMMPrototypeRegularizer(config.image.dim, **options)
             self.word_projector = nn.Linear(config.text_width, config.image.dim)
         if config.nouns:
             if not isinstance(self.text, WordBag):

@@ -1,0 +1,166 @@
+"""PGSeg with and without prototypes: zero-shot mIoU and what the groups are like, over seeds.
+
+    python benchmarks/accuracy_pgseg.py                                   # scenes: --npr, remedies, parts of tiny
+    python benchmarks/accuracy_pgseg.py --data ../shared/data/msrc21 --sets npr -- --size 112 --epochs 100
+
+Runs ``examples/train_pgseg.py`` for every variant and seed with the same number of steps, ``--jobs`` runs at a time of
+one thread each; finished runs in ``--runs`` are kept. Writes ``accuracy-pgseg-NAME.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accuracy import show, spread, table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+# Flags of the trainer by variant. "npr" is what the paper compares; "remedies" change one thing of "both"; "parts" put
+# one part of the paper in the place of what "tiny" has.
+SETS: dict[str, dict[str, list[str]]] = {
+    "npr": {name: ["--npr", name] for name in ("none", "image", "text", "both")},
+    "remedies": {
+        "both, bandwidth 0.03": ["--npr-options", "bandwidth=0.03"],
+        "both, bandwidth 0.3": ["--npr-options", "bandwidth=0.3"],
+        "both, weights / 10": ["--weight-image", "0.01", "--weight-text", "0.001"],
+        "both, from half of the epochs on": ["--npr-start", "0.5"],
+        "both, prototypes of the tokens at the unit": ["--network", "npr_source=unit"],
+        "both, matched to the groups": ["--network", "npr_source=unit", "npr_target=groups"],
+        "both, two prototypes a group": ["--npr-options", "num_prototypes=16"],
+    },
+    "parts": {
+        "patches by one convolution": ["--npr", "none", "--network", "stem=patch"],
+        "group tokens in the sequence, hard Gumbel assignment": ["--npr", "none", "--network", "unit=attention"],
+        "a block behind the unit": ["--npr", "none", "--network", "depths=1,1"],
+        "two units, 16 and 8 groups": ["--npr", "none", "--network", "groups=16,8", "depths=1,0,0"],
+        "projections with a hidden layer": ["--npr", "none", "--network", "hidden=384"],
+        "no contrast of nouns": ["--npr", "none", "--weight-nouns", "0"],
+    },
+}
+FIGURES = {
+    "mIoU": lambda m: m["maps"]["eval"]["zeroshot"]["miou"],
+    "group oracle": lambda m: m["groups"]["oracle"],
+    "redundancy": lambda m: m["groups"]["redundancy"],
+    "compactness": lambda m: m["groups"]["compactness"],
+    "groups in use": lambda m: m["groups"]["used"],
+    "prototype cosine": lambda m: m["prototypes"].get("image 1 prototype cosine"),
+    "accepted, image": lambda m: m["prototypes"].get("image 1 accepted"),
+    "accepted, text": lambda m: m["prototypes"].get("text accepted"),
+}
+
+
+def train(job: tuple[Path, list[str]]) -> None:
+    """Train one run in a process of its own, which draws each scene only once for all its runs."""
+    import pgseg_data
+    import torch
+    import train_pgseg
+
+    from protoseg.data.pairs import ScenePairs
+
+    folder, flags = job
+    torch.set_num_threads(1)
+
+    class Held(ScenePairs):
+        def __getitem__(self, index: int) -> Any:
+            key = self.scenes.ids[index]
+            if key not in HELD:
+                HELD[key] = super().__getitem__(index)
+            return HELD[key]
+
+    setattr(pgseg_data, ScenePairs.__name__, Held)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
+        train_pgseg.main([*flags, "--output", str(folder)])
+
+
+HELD: dict[str, Any] = {}  # by name, as all runs of a process have pictures of the same size
+
+
+def summarise(folder: Path, wanted: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Collect every figure over the seeds."""
+    summary: dict[str, Any] = {"variants": {}}
+    for name in wanted:
+        runs = [json.loads((path_of(folder, name, seed) / "metrics.json").read_text("utf-8")) for seed in seeds]
+        summary["variants"][name] = {key: spread(read(run) for run in runs) for key, read in FIGURES.items()}
+        summary["trivial"], summary["versions"] = runs[0]["trivial"], runs[0]["versions"]
+    return summary
+
+
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    """The folder of a run."""
+    return folder / f"{name.replace(' / ', ' by ')}-{seed}"
+
+
+def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, Any], sets: Sequence[str]) -> str:
+    """The tables as a page."""
+    text = f"# PGSeg (`tiny`) on {name}\n\n`{command}`; mean ± standard deviation over seeds "
+    text += f"{', '.join(map(str, seeds))}. Zero-shot mIoU on unseen pictures, no tags, threshold from other pictures. "
+    text += (
+        "Group oracle: mIoU when each group has its true majority class. Redundancy: mean cosine of two groups in use. "
+    )
+    text += "Compactness: mean cosine of a group's tokens with their mean.\n\nMasks that know nothing of the picture: "
+    trivial = summary["trivial"]
+    text += (
+        f"background everywhere {trivial['background']:.3f}, random parts {trivial['regions']:.3f}, a true tag in a "
+    )
+    text += f"centred disc {trivial['disc']:.3f}.\n"
+    base = summary["variants"]
+    for each in sets:
+        reference = "both" if each == "remedies" else "none"
+        rows = []
+        for variant in dict.fromkeys([*([reference] if reference in base else []), *SETS[each]]):
+            figures = base[variant]
+            change = "-"
+            if reference in base and variant != reference:
+                pairs = zip(figures["mIoU"]["values"], base[reference]["mIoU"]["values"], strict=True)
+                change = show(spread(a - b for a, b in pairs))
+            rows.append([variant, *(show(figures[key]) for key in FIGURES), change])
+        text += f"\n## {each}\n\n" + table([each, *FIGURES, f"mIoU over {reference}, by seed"], rows)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing and write the tables; returns the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
+    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy-pgseg"), help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for train_pgseg.py")
+    args = parser.parse_args(argv)
+    args.flags = [flag for flag in args.flags if flag != "--"]
+    name = Path(args.data).name
+    shown = name if Path(args.data).is_absolute() else args.data  # a path of one machine is nobody else's
+    wanted = {variant: flags for each in args.sets for variant, flags in SETS[each].items()}
+    jobs = [
+        (path_of(args.runs / name, variant, seed), ["--data", args.data, "--seed", str(seed), *flags, *args.flags])
+        for variant, flags in wanted.items()
+        for seed in args.seeds
+    ]
+    missing = [job for job in jobs if not (job[0] / "metrics.json").exists()]
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
+            pool.map(train, missing, chunksize=1)
+    summary = summarise(args.runs / name, list(wanted), args.seeds)
+    command = " ".join(["python benchmarks/accuracy_pgseg.py --data", shown, "--sets", *args.sets, *args.flags])
+    summary |= {"command": command, "seeds": args.seeds}
+    args.output.mkdir(parents=True, exist_ok=True)
+    page = args.output / f"accuracy-pgseg-{name}"
+    page.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    page.with_suffix(".md").write_text(markdown(name, command, args.seeds, summary, args.sets), encoding="utf-8")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
