@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,11 +60,11 @@ def hungarian(similarity: Tensor) -> Tensor:
         return found
     from scipy.optimize import linear_sum_assignment
 
-    result = torch.full(similarity.shape[:2], -1, dtype=torch.int64)
+    result = np.full(similarity.shape[:2], -1, dtype=np.int64)
     for scores, row in zip(similarity.cpu().numpy(), result, strict=True):
         groups, prototypes = linear_sum_assignment(scores, maximize=True)
-        row[torch.from_numpy(groups)] = torch.from_numpy(prototypes)
-    return result.to(similarity.device)
+        row[groups] = prototypes
+    return torch.from_numpy(result).to(similarity.device)
 
 
 @hungarian.register_fake

@@ -112,12 +112,12 @@ def _rounds(
     length, dim = tokens.shape[1:]
     gram = tokens @ tokens.transpose(1, 2) if length < 2 * dim and iterations > 2 else None
     # <mu, x> and |mu|^2, both times the sharpness; [B, K, L] and [B, K, 1].
-    first, began = _compared(tokens, start, sharpness)
+    first, began = _compared(tokens, start, kernel, sharpness)
     inner, squared = first, began
     for _ in range(iterations - 1):
-        shares = _shares(inner, squared, kernel, mask, hard)
+        shares = _shares(inner, squared, mask, hard)
         if gram is None:
-            inner, squared = _compared(tokens, _means(tokens, shares, kernel, start), sharpness)
+            inner, squared = _compared(tokens, _means(tokens, shares, kernel, start), kernel, sharpness)
             continue
         # mu = X^T r / z with z the mass or the length, so <x, mu> = (X X^T r) / z and |X^T r|^2 = r^T X X^T r.
         reached = shares @ gram
@@ -125,24 +125,26 @@ def _rounds(
         size = shares.sum(-1, keepdim=True) if kernel == "gaussian" else norms.sqrt()
         lost, size = size <= _TINY, size.clamp_min(_TINY)
         inner = reached.mul_(sharpness / size)
-        if kernel == "gaussian":
+        if began is not None:
             squared = torch.where(lost, began, sharpness * norms / size.square())
         # Where asking costs nothing, a pass over all scores is saved: it is rare that a prototype loses all its tokens.
         if torch.compiler.is_compiling() or lost.device.type != "cpu" or bool(lost.any()):
             inner = torch.where(lost, first, inner)
-    shares = _shares(inner, squared, kernel, mask, hard)
+    shares = _shares(inner, squared, mask, hard)
     return Mixture(_means(tokens, shares, kernel, start), shares.transpose(1, 2))
 
 
-def _compared(tokens: Tensor, centres: Tensor, sharpness: float | Tensor) -> tuple[Tensor, Tensor]:
-    sharp = centres * sharpness
-    return sharp @ tokens.transpose(1, 2), (sharp * centres).sum(-1, keepdim=True)
+def _compared(
+    tokens: Tensor, centres: Tensor, kernel: Kernel, sharpness: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    inner = (centres @ tokens.transpose(1, 2)).mul_(sharpness)
+    return inner, sharpness * centres.square().sum(-1, keepdim=True) if kernel == "gaussian" else None
 
 
-def _shares(inner: Tensor, squared: Tensor, kernel: Kernel, mask: Tensor | None, hard: bool) -> Tensor:
+def _shares(inner: Tensor, squared: Tensor | None, mask: Tensor | None, hard: bool) -> Tensor:
     """E-step: ``[B, K, L]``."""
     # The token's own |x|^2 is the same for all prototypes, so that the softmax does not see it.
-    scores = inner - squared / 2 if kernel == "gaussian" else inner
+    scores = inner if squared is None else inner - squared / 2
     best = scores.argmax(1, keepdim=True) if hard else None
     shares = scores.softmax(1) if best is None else torch.zeros_like(scores).scatter_(1, best, 1.0)
     return shares if mask is None else shares * mask.unsqueeze(1)

@@ -191,13 +191,16 @@ class GMMPrototypeRegularizer(nn.Module):
         scale = self.log_scale.to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
         tokens = tokens.to(groups.dtype)
         prototypes, responsibilities = self.estimate(tokens, mask)
-        directions = unit(prototypes)
+        # All but those of the gaussian kernel and of the published code are directions already.
+        directions = unit(prototypes) if self.kernel == "gaussian" or self.compat is not None else prototypes
         if not self.detach_tokens and self.compat is None:
             kept = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
             sums = responsibilities.transpose(1, 2) @ (unit(kept) if self.kernel == "cosine" else kept)
             directions = torch.where((responsibilities > 0).any(1).unsqueeze(-1), unit(sums), directions)
         known = prototypes.new_ones(len(prototypes), dtype=torch.bool) if mask is None else mask.any(1)
-        similarity = unit(groups) @ directions.transpose(1, 2)
+        # Divided after the product, which is smaller than the groups.
+        length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
+        similarity = groups @ directions.transpose(1, 2) / torch.where(length > 1e-12, length, torch.ones_like(length))
         if self.compat is None:
             matched = match(similarity, self.matching)
             own = own_similarity(similarity, matched)
@@ -218,7 +221,7 @@ class GMMPrototypeRegularizer(nn.Module):
             similarity=own.to(dtype),
             accepted=accepted,
             accept_rate=(accepted.sum() / pairs).to(dtype),
-            prototype_cosine=_mean_cosine(prototypes, known).to(dtype),
+            prototype_cosine=_mean_cosine(directions, known).to(dtype),
         )
 
     @torch.no_grad()
@@ -249,9 +252,10 @@ class GMMPrototypeRegularizer(nn.Module):
 
     @torch.no_grad()
     def _move(self, prototypes: Tensor, known: Tensor) -> None:
-        usable = (known & prototypes.isfinite().flatten(1).all(1)).to(self.mu.dtype)
-        total = torch.einsum("b,bkd->kd", usable, prototypes.nan_to_num(0.0, 0.0, 0.0).to(self.mu.dtype))
-        move(self.mu, total, usable.sum(), self.momentum, self.compat is None)
+        # A sum is finite only where every value is, and of directions it does not overflow.
+        usable = known & prototypes.sum((1, 2)).isfinite()
+        total = torch.where(usable[:, None, None], prototypes, 0.0).sum(0).to(self.mu.dtype)
+        move(self.mu, total, usable.sum().to(self.mu.dtype), self.momentum, self.compat is None)
 
     def extra_repr(self) -> str:
         """Sizes and modes, as in the constructor."""
@@ -335,10 +339,9 @@ def _random_tokens(tokens: Tensor, mask: Tensor | None, start: Tensor) -> Mixtur
     return Mixture(prototypes, shares if mask is None else shares * mask.unsqueeze(-1))
 
 
-def _mean_cosine(prototypes: Tensor, known: Tensor) -> Tensor:
-    """Mean cosine of two prototypes of an image."""
-    count = prototypes.shape[1]
-    directions = unit(prototypes)
+def _mean_cosine(directions: Tensor, known: Tensor) -> Tensor:
+    """Mean cosine of two prototypes of an image, which have unit length."""
+    count = directions.shape[1]
     pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
     # 0 / 0: of one prototype, or of no image, nobody knows.
     return (pairs * known).sum() / (known.sum() * count * (count - 1))
