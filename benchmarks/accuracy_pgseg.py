@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ SETS: dict[str, dict[str, list[str]]] = {
         "both, weights / 10": ["--weight-image", "0.01", "--weight-text", "0.001"],
         "both, from half of the epochs on": ["--npr-start", "0.5"],
         "both, prototypes of the tokens at the unit": ["--network", "npr_source=unit"],
+        "both, matched to the means of the groups' tokens": ["--network", "npr_target=means"],
+        "both, both of these": ["--network", "npr_source=unit", "npr_target=means"],
         "both, matched to the groups": ["--network", "npr_source=unit", "npr_target=groups"],
         "both, two prototypes a group": ["--npr-options", "num_prototypes=16"],
     },
@@ -46,7 +48,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "no contrast of nouns": ["--npr", "none", "--weight-nouns", "0"],
     },
 }
-FIGURES = {
+FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "mIoU": lambda m: m["maps"]["eval"]["zeroshot"]["miou"],
     "group oracle": lambda m: m["groups"]["oracle"],
     "redundancy": lambda m: m["groups"]["redundancy"],

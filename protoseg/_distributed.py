@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,10 +25,24 @@ def gather_with_gradient(value: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return value
-    from torch.distributed.nn.functional import all_gather as gather
+    gathered: Tensor = _Gather.apply(value)
+    return gathered
 
-    parts: tuple[Tensor, ...] = gather(value.contiguous())  # type: ignore[no-untyped-call]
-    return torch.cat(parts)
+
+class _Gather(torch.autograd.Function):
+    """That of torch.distributed.nn is deprecated, and what takes its place is not in every version."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.rows = len(value)
+        return all_gather(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        first = dist.get_rank() * ctx.rows
+        return total[first : first + ctx.rows]
 
 
 @torch.no_grad()

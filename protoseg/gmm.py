@@ -221,7 +221,7 @@ class GMMPrototypeRegularizer(nn.Module):
             similarity=own.to(dtype),
             accepted=accepted,
             accept_rate=(accepted.sum() / pairs).to(dtype),
-            prototype_cosine=_mean_cosine(directions, known).to(dtype),
+            prototype_cosine=_mean_cosine(directions.detach(), known).to(dtype),
         )
 
     @torch.no_grad()

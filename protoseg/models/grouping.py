@@ -47,7 +47,8 @@ class ImageConfig:
         npr_source: What prototypes are made of: ``"stage"``, the tokens that come into the stage (the published code);
             ``"unit"``, those that its blocks hand to the unit.
         npr_target: What prototypes are matched to: ``"queries"``, the group tokens that the assignment is made with
-            (the published code); ``"groups"``, the groups that the unit makes.
+            (the published code); ``"groups"``, the groups that the unit makes; ``"means"``, the mean of what each group
+            owns of the source, whose gradient reaches the assignment alone.
     """
 
     image_size: int = 224
@@ -62,7 +63,7 @@ class ImageConfig:
     reconstruct: bool = False
     npr: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
     npr_source: Literal["stage", "unit"] = "stage"
-    npr_target: Literal["queries", "groups"] = "queries"
+    npr_target: Literal["queries", "groups", "means"] = "queries"
 
 
 PRESETS: dict[str, ImageConfig] = {
@@ -175,7 +176,12 @@ class Stage(nn.Module):
         regularized = None
         if self.npr is not None:
             source = sources if self.npr_source == "stage" else tokens
-            regularized = self.npr(source, grouping.queries if self.npr_target == "queries" else grouping.groups)
+            if self.npr_target == "means":
+                shares = grouping.shares / grouping.shares.sum(-1, keepdim=True).clamp_min(1e-6)
+                target = shares.to(source.dtype) @ source.detach()
+            else:
+                target = grouping.queries if self.npr_target == "queries" else grouping.groups
+            regularized = self.npr(source, target)
         return StageOutput(sources, group_tokens, grouping, regularized)
 
 
