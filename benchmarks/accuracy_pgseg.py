@@ -29,14 +29,18 @@ sys.path.insert(0, str(ROOT / "examples"))
 SETS: dict[str, dict[str, list[str]]] = {
     "npr": {name: ["--npr", name] for name in ("none", "image", "text", "both")},
     "remedies": {
+        "both, matched to what the groups own": ["--network", "npr_target=means"],
+        "both, matched to what they own of the tokens at the unit": [
+            "--network",
+            "npr_source=unit",
+            "npr_target=means",
+        ],
         "both, bandwidth 0.03": ["--npr-options", "bandwidth=0.03"],
         "both, bandwidth 0.3": ["--npr-options", "bandwidth=0.3"],
-        "both, weights / 10": ["--weight-image", "0.01", "--weight-text", "0.001"],
+        "both, weight of the images / 10": ["--weight-image", "0.01"],
         "both, from half of the epochs on": ["--npr-start", "0.5"],
         "both, prototypes of the tokens at the unit": ["--network", "npr_source=unit"],
-        "both, matched to the means of the groups' tokens": ["--network", "npr_target=means"],
-        "both, both of these": ["--network", "npr_source=unit", "npr_target=means"],
-        "both, matched to the groups": ["--network", "npr_source=unit", "npr_target=groups"],
+        "both, matched to the groups that the unit makes": ["--network", "npr_source=unit", "npr_target=groups"],
         "both, two prototypes a group": ["--npr-options", "num_prototypes=16"],
     },
     "parts": {
