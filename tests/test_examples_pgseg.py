@@ -18,6 +18,7 @@ from PIL import Image
 
 from protoseg.data.pairs import ScenePairs, write_shards
 from protoseg.data.scenes import Scenes
+from protoseg.models.pgseg import PGSegConfig
 from tests.trainer import SETTINGS, assert_equal, common, findings
 
 import train_pgseg  # isort: skip
@@ -53,6 +54,11 @@ def test_metrics_have_the_documented_form(tmp_path: Path) -> None:
         assert 0 <= metrics["prototypes"][f"{part} accepted"] <= 1
         assert -1 <= metrics["prototypes"][f"{part} prototype cosine"] <= 1
         assert 1 <= metrics["prototypes"][f"{part} prototypes in use"] <= 8
+    assert set(metrics["trivial"]) == {"background", "regions", "disc", "disc radius"}
+    masks = [mask for mask in (Scenes(4, seed=1, size=32)[index].mask for index in range(4)) if mask is not None]
+    kept = torch.stack(masks)[torch.stack(masks) != 255]
+    assert metrics["trivial"]["background"] == pytest.approx(float((kept == 0).double().mean()) / len(kept.unique()))
+    assert 0 < metrics["trivial"]["regions"] < metrics["trivial"]["disc"] < 1
     assert len(metrics["history"]) == 2
     assert set(metrics["history"][0]) == {"losses", "prototypes", "zeroshot"}
     assert "zero-shot" in (tmp_path / "report.html").read_text(encoding="utf-8").lower().replace(
@@ -67,6 +73,23 @@ def test_prototypes_that_are_not_asked_for_do_not_count(npr: str, tmp_path: Path
     assert (losses["image prototypes"] > 0) == (npr == "image")
     assert (losses["text prototypes"] > 0) == (npr == "text")
     assert any("image" in key for key in metrics["prototypes"]) == (npr == "image")
+
+
+def test_fields_of_the_network_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[PGSegConfig] = []
+
+    class Seen(train_pgseg.PGSeg):  # type: ignore[misc, name-defined]
+        def __init__(self, config: PGSegConfig) -> None:
+            built.append(config)
+            super().__init__(config)
+
+    monkeypatch.setattr(train_pgseg, "PGSeg", Seen)
+    fields = ["groups=6,3", "depths=1,0,1", "npr_target=means", "hidden=8", "npr_source=unit"]
+    metrics = run(tmp_path, "--epochs", "1", "--network", *fields)
+    (config,) = built
+    assert (config.hidden, config.image.groups, config.image.depths) == (8, (6, 3), (1, 0, 1))
+    assert (config.image.npr_target, config.image.npr_source) == ("means", "unit")
+    assert {"image 1 accepted", "image 2 accepted", "text accepted"} <= set(metrics["prototypes"])
 
 
 def test_a_start_later_leaves_the_first_epochs_alone(tmp_path: Path) -> None:
@@ -155,6 +178,7 @@ def test_shards_train_the_transformer_and_broken_ones_are_told(tmp_path: Path) -
 def test_impossible_flags(tmp_path: Path) -> None:
     for flags, message in (
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--network", "deph=1"], "--network: neither PGSegConfig nor ImageConfig has a field 'deph'"),
         (["--npr-options", "kernel"], "--npr-options: expected NAME=VALUE, got 'kernel'"),
     ):
         with pytest.raises(SystemExit, match=message):

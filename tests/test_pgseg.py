@@ -225,3 +225,36 @@ def test_words_need_no_open_clip() -> None:
     embedding, words = model.encode_text(model.text.tokenize(["a cat", "a dog and a cat"]))
     assert embedding.shape == (2, 256)
     assert words.mask.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("source", ["stage", "unit"])
+@pytest.mark.parametrize("target", ["queries", "groups", "means"])
+def test_prototypes_are_made_of_and_matched_to_what_was_asked_for(source: Any, target: Any) -> None:
+    config = dataclasses.replace(SMALL, unit="slots", npr={"num_prototypes": 5}, npr_source=source, npr_target=target)
+    encoder, handed = GroupingEncoder(config).eval(), list[Tensor]()
+    for stage in encoder.stages:
+        stage.unit.register_forward_pre_hook(lambda unit, args: handed.append(args[0]))
+    out = encoder(torch.randn(2, 3, 32, 32))
+    for stage, found, tokens in zip(encoder.stages, out.stages, handed, strict=True):
+        made_of = found.sources if source == "stage" else tokens
+        owned = torch.nn.functional.one_hot(found.grouping.soft.argmax(1), found.grouping.soft.shape[1]).float()
+        means = owned.transpose(1, 2) @ made_of / owned.sum(1).clamp_min(1).unsqueeze(-1)
+        wanted = {"queries": found.grouping.queries, "groups": found.grouping.groups, "means": means}[target]
+        assert found.regularized is not None
+        prototypes = stage.npr.estimate(made_of).prototypes
+        torch.testing.assert_close(found.regularized.prototypes, prototypes)
+        assert prototypes.shape[1] == 5
+        match = found.regularized.match
+        own = prototypes.gather(1, match.clamp_min(0).unsqueeze(-1).expand(-1, -1, 64))
+        cosine = torch.nn.functional.cosine_similarity(wanted, own, dim=-1) * (match >= 0)
+        torch.testing.assert_close(found.regularized.similarity, cosine, rtol=1e-4, atol=1e-5)
+
+
+def test_matched_to_what_the_groups_own_only_the_assignment_learns() -> None:
+    encoder = GroupingEncoder(dataclasses.replace(SMALL, unit="slots", npr_target="means")).train()
+    stage = encoder.stages[0]
+    found = stage(torch.randn(2, 16, 64, requires_grad=True), None)
+    torch.autograd.backward(found.regularized.loss)
+    assert stage.unit.query.weight.grad.abs().sum() > 0
+    assert stage.unit.value.weight.grad is None
+    assert stage.unit.slots.grad is None
