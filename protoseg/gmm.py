@@ -191,22 +191,25 @@ class GMMPrototypeRegularizer(nn.Module):
         scale = self.log_scale.to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
         tokens = tokens.to(groups.dtype)
         prototypes, responsibilities = self.estimate(tokens, mask)
-        # All but those of the gaussian kernel and of the published code are directions already.
+        # All but those of the gaussian kernel are directions already.
         directions = unit(prototypes) if self.kernel == "gaussian" or self.compat is not None else prototypes
         if not self.detach_tokens and self.compat is None:
             kept = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
             sums = responsibilities.transpose(1, 2) @ (unit(kept) if self.kernel == "cosine" else kept)
             directions = torch.where((responsibilities > 0).any(1).unsqueeze(-1), unit(sums), directions)
         known = prototypes.new_ones(len(prototypes), dtype=torch.bool) if mask is None else mask.any(1)
-        # Divided after the product, which is smaller than the groups.
-        length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
-        similarity = groups @ directions.transpose(1, 2) / torch.where(length > 1e-12, length, torch.ones_like(length))
         if self.compat is None:
+            # Divided after the product, which is smaller than the groups.
+            length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
+            length = torch.where(length > 1e-12, length, torch.ones_like(length))
+            similarity = groups @ directions.transpose(1, 2) / length
             matched = match(similarity, self.matching)
             own = own_similarity(similarity, matched)
             accepted = self._accept(similarity.detach(), matched) & known.unsqueeze(1)
             loss = symmetric_contrast(similarity, matched, accepted, scale)
         else:
+            # In the published order, to the last bit: prototypes that are all the same leave the matching to rounding.
+            similarity = unit(groups) @ directions.transpose(1, 2)
             matched = match(-similarity)
             own = own_similarity(similarity, matched)
             loss, accepted = _published.contrast(similarity, matched, scale, self.reject_threshold)
