@@ -4,6 +4,9 @@
     python examples/train_pgseg.py --data pairs.csv --eval-data FOLDER   # your pictures, masks to score by
     python examples/train_pgseg.py --preset vit-s --data "shards/{000000..000331}.tar" --shard-pairs 700000
 
+Many processes: ``accelerate launch examples/train_pgseg.py ...`` (torchrun takes ``--npr`` for its own unless two
+dashes stand before the script).
+
 ``--data`` is ``scenes``, a CSV with the columns ``path`` and ``caption``, a folder in the layout of PASCAL VOC
 (sentences are made of its tags), or webdataset shards. ``--npr`` says which prototypes regularise the groups: those of
 image tokens, of words, both, or none. ``--resume`` goes on with a stopped run after its last whole epoch.
@@ -122,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace, words: tuple[str, ...]) -> PGSegConfig:
     """Set up the network's sizes from preset and flags."""
-    config, options = NETWORKS[args.preset], keywords("--npr-options", args.npr_options)
+    config = NETWORKS[args.preset]
     changes: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, value in keywords("--network", args.network).items():
         place = next((place for place in (config, config.image) if hasattr(place, name)), None)
@@ -133,15 +136,20 @@ def configure(args: argparse.Namespace, words: tuple[str, ...]) -> PGSegConfig:
         changes[place is config.image][name] = value
     image = dataclasses.replace(
         config.image,
-        **{"image_size": args.size, "npr": options if args.npr in ("image", "both") else None, **changes[1]},
+        **{"image_size": args.size, "npr": _options(config.image.npr, args, "image"), **changes[1]},
     )
     sizes = {
         "test_side": config.test_side * args.size // config.image.image_size,
-        "npr_text": options if args.npr in ("text", "both") else None,
+        "npr_text": _options(config.npr_text, args, "text"),
         "vocabulary": words,
         "nouns": words if args.weight_nouns else (),
     }
     return dataclasses.replace(config, image=image, **{**sizes, **changes[0]})
+
+
+def _options(preset: Any, args: argparse.Namespace, source: str) -> dict[str, Any] | None:
+    """The regulariser's options, or None where ``--npr`` leaves it out."""
+    return {**preset, **keywords("--npr-options", args.npr_options)} if args.npr in (source, "both") else None
 
 
 def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accelerator, evaluate: Any) -> list[Any]:

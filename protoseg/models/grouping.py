@@ -77,6 +77,7 @@ PRESETS: dict[str, ImageConfig] = {
         groups=(8,),
         unit="slots",
         drop_path=0.0,
+        npr={"bandwidth": 0.3},
     ),
     "vit-s": ImageConfig(),
 }

@@ -59,7 +59,13 @@ class PGSegConfig:
 
 PRESETS: dict[str, PGSegConfig] = {
     "tiny": PGSegConfig(
-        image=IMAGE_PRESETS["tiny"], text="words", text_width=96, embed_dim=96, hidden=0, test_side=128
+        image=IMAGE_PRESETS["tiny"],
+        text="words",
+        text_width=96,
+        embed_dim=96,
+        hidden=0,
+        npr_text={"bandwidth": 0.3},
+        test_side=128,
     ),
     "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
 }
