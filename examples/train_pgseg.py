@@ -298,7 +298,7 @@ def show(
         args.output / "report.html",
         title=f"PGSeg on {Path(args.data).name}: prototypes {args.npr}, seed {args.seed}",
         metrics=metrics,
-        history=curves,
+        history={name: points for name, points in curves.items() if any(value for _, value in points)},
         sweeps={"eval": {"zeroshot": curve}} if curve else {},
         pictures=shown,
         classes=pictures[1].classes if pictures else (),

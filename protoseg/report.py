@@ -19,7 +19,14 @@ from protoseg._page import Line, Mark
 __all__ = ["Picture", "overlay", "write_report"]
 
 _SHOWN = 6  # pictures of each kind: best, worst, without a score
-_NAMES = {"cam": "CAM", "instance": "Instance", "pacam": "PACAM", "train": "training", "eval": "evaluation"}
+_NAMES = {
+    "cam": "CAM",
+    "instance": "Instance",
+    "pacam": "PACAM",
+    "zeroshot": "Zero-shot",
+    "train": "training",
+    "eval": "evaluation",
+}
 _COLOURS = {"cam": "#8a94a3", "instance": "#e08a00", "pacam": "#0b6bcb", "segmentation": "#1a8f5a"}
 _MORE_COLOURS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
 
