@@ -5,7 +5,15 @@ from importlib.metadata import version as _version
 from protoseg import functional
 from protoseg.context import ContextPrototypeBank
 from protoseg.gmm import GMMPrototypeRegularizer
+from protoseg.vision import RegionalSemanticContrast, VisionPrototypeLearner
 
-__all__ = ["ContextPrototypeBank", "GMMPrototypeRegularizer", "__version__", "functional"]
+__all__ = [
+    "ContextPrototypeBank",
+    "GMMPrototypeRegularizer",
+    "RegionalSemanticContrast",
+    "VisionPrototypeLearner",
+    "__version__",
+    "functional",
+]
 
 __version__ = _version("protoseg")

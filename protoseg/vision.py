@@ -1,0 +1,308 @@
+"""Prototypes of classes in CLIP's vision space, and regions against them (VPL, arXiv 2412.19650)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks
+from protoseg._distributed import world_size
+from protoseg._numeric import full_precision, unit
+from protoseg._regional import RegionalSemanticContrast, RegionContrast
+
+__all__ = ["Fit", "RegionContrast", "RegionalSemanticContrast", "VisionPrototypeLearner", "VisionPrototypes"]
+
+_CHUNK = 2**15  # images at a time: two tables of images and classes, and no copy of all features
+
+
+class VisionPrototypes(NamedTuple):
+    """What :class:`VisionPrototypeLearner` returns.
+
+    Attributes:
+        loss: ``[]``, the mean KL over the images that have a tag; zero and connected to the graph where none has.
+        target: ``[n, C]``, what the text prototypes say, without gradient; sum 1, or 0 for an image without tags.
+        probabilities: ``[n, C]``, what the vision prototypes say; sum 1.
+    """
+
+    loss: Tensor
+    target: Tensor
+    probabilities: Tensor
+
+
+class Fit(NamedTuple):
+    """How :meth:`VisionPrototypeLearner.fit` went.
+
+    Attributes:
+        start: Mean KL with the text prototypes as vision prototypes, in nats.
+        end: Mean KL of the result.
+        iterations: Steps of L-BFGS.
+        evaluations: Passes over the features.
+        images: Images that count, of all processes: those that have a tag.
+    """
+
+    start: float
+    end: float
+    iterations: int
+    evaluations: int
+    images: int
+
+
+class VisionPrototypeLearner(nn.Module):
+    r"""Learns a prototype per class in vision space that says of pictures what the class's text says.
+
+    CLIP's texts and pictures lie apart, so that a text prototype :math:`t_c` is a poor centre of a class's pictures.
+    For unit features :math:`x_i` of pictures, vision prototypes :math:`v_c` on the unit sphere minimise (VPL, phase 1)
+
+    .. math::
+        \frac{1}{n} \sum_i \mathrm{KL}(P_i \,\|\, Q_i), \quad
+        P_{ic} \propto y_{ic} \exp(\langle x_i, t_c \rangle / \tau_T), \quad
+        Q_{ic} = \mathrm{softmax}_c(\langle x_i, v_c \rangle / \tau_I)
+
+    with the picture's tags :math:`y_i`, all 1 where they are not known, and :math:`\tau_I > \tau_T`: the flatter
+    :math:`Q` has to move its prototypes towards the pictures to be as sure as :math:`P`. Without tags and with
+    :math:`\tau_I = \tau_T` the text prototypes are the optimum.
+
+    :meth:`fit` finds the optimum for features that are all at hand; the call computes the same loss for a batch, to
+    train ``vision`` with an optimizer; under DDP the mean over the ranks is the loss of the whole batch. In a process
+    group :meth:`fit` counts the features of all ranks.
+
+    Not stated in the paper: the direction of the KL (here that of InMaP, its relative), the optimiser (here L-BFGS to a
+    tolerance; InMaP takes 2000 steps of projected gradient), balancing, and what tags restrict. 0.01 and 0.03 suit
+    OpenAI's CLIP alone; with another network give its own temperature, ``1 / logit_scale.exp()``, and two to three
+    times that.
+
+    Args:
+        text_prototypes: ``[C, D]`` of any length above 0, one per class.
+        text_temperature: :math:`\tau_T` above 0.
+        vision_temperature: :math:`\tau_I` above 0; 0.03 in the paper.
+        balance: Rounds of Sinkhorn in :meth:`fit` that give all classes their fair share of :math:`P`: the same for
+            each, or with tags what their pictures would give if all tags of a picture shared it evenly. 20 in InMaP.
+
+    Shape:
+        - features: ``[n, D]``, of unit length
+        - labels: ``[n, C]``, 1 = the class is in the picture
+        - output: :class:`VisionPrototypes`
+
+    Raises:
+        ValueError: Wrong shapes or sizes, features that are not of unit length, labels that are not 0 and 1, NaN.
+        TypeError: Features are not floating point.
+
+    Example:
+        >>> text = torch.eye(3)[:2] + torch.tensor([0.0, 0.0, 3.0])  # the gap between texts and pictures
+        >>> tags = torch.eye(2).repeat(8, 1)
+        >>> pictures = torch.nn.functional.normalize(torch.eye(3)[:2].repeat(8, 1) + 0.1, dim=-1)
+        >>> learner = VisionPrototypeLearner(text, text_temperature=0.1, vision_temperature=0.2).fit(pictures, tags)
+        >>> (learner.prototypes @ pictures[0]).argmax().item(), learner.last_fit.end < learner.last_fit.start
+        (0, True)
+    """
+
+    text: Tensor
+
+    def __init__(
+        self,
+        text_prototypes: Tensor,
+        *,
+        text_temperature: float = 0.01,
+        vision_temperature: float = 0.03,
+        balance: int = 0,
+    ) -> None:
+        super().__init__()
+        me = type(self).__name__
+        _checks.shape(me, "text_prototypes", text_prototypes, ("C", "D"))
+        _checks.floating(me, "text_prototypes", text_prototypes)
+        _checks.not_empty(me, "text_prototypes", text_prototypes)
+        _checks.finite(me, "text_prototypes", text_prototypes)
+        if not bool((text_prototypes != 0).any(-1).all()):
+            raise ValueError(f"{me}: every text prototype needs a direction, and one is 0")
+        _checks.positive(me, "text_temperature", text_temperature)
+        _checks.positive(me, "vision_temperature", vision_temperature)
+        if balance < 0:
+            raise ValueError(f"{me}: balance must be at least 0, got {balance}")
+        self.text_temperature, self.vision_temperature, self.balance = text_temperature, vision_temperature, balance
+        self.register_buffer("text", unit(full_precision(text_prototypes.detach())).clone())
+        self.vision = nn.Parameter(self.text.clone())
+        self.last_fit: Fit | None = None
+
+    @property
+    def prototypes(self) -> Tensor:
+        """The vision prototypes, ``[C, D]``, of unit length."""
+        return unit(self.vision)
+
+    @property
+    def centred_text(self) -> Tensor:
+        """The text prototypes without their mean, ``[C, D]``, of unit length: what any gain has to be compared with."""
+        return unit(self.text - self.text.mean(0))
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> VisionPrototypes:
+        """Compute the loss of a batch. See the class for shapes and errors."""
+        self._check(features, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.text.dtype)
+            target = self._target(features, labels)
+            logits = features @ self.prototypes.T / self.vision_temperature
+            log_q = logits.log_softmax(-1)
+            count = _summed((target > 0).any(-1).sum()).clamp_min(1)
+            loss = F.kl_div(log_q, target, reduction="none").sum() * world_size() / count
+            return VisionPrototypes(loss, target, log_q.exp())
+
+    @torch.no_grad()
+    def fit(
+        self, features: Tensor, labels: Tensor | None = None, *, tolerance: float = 1e-7, max_iterations: int = 1000
+    ) -> VisionPrototypeLearner:
+        """Find the best vision prototypes for features that are all at hand, from where ``vision`` is.
+
+        L-BFGS with a line search on the sphere. Beside the features it holds one table of images and classes.
+
+        Args:
+            features: ``[n, D]`` of unit length, of this process; they may be in half precision.
+            labels: ``[n, C]``, 1 = the class is in the picture; an image without any does not count.
+            tolerance: It stops when no part of the gradient is larger, or when a step changes the mean KL, or each
+                part of the prototypes, by less than a hundredth of it.
+            max_iterations: It warns when it stops for this reason.
+
+        Returns:
+            The learner itself; ``last_fit`` says how it went.
+
+        Raises:
+            ValueError: As of the class, or no image has a tag.
+            RuntimeWarning: As a warning: the tolerance was not reached.
+        """
+        self._check(features, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            target = torch.cat([self._target(part, tags) for part, tags in self._chunks(features, labels)])
+            if self.balance:
+                target = _sinkhorn(target, labels, self.balance)
+            images = int(_summed((target > 0).any(-1).sum()))
+            if images == 0:
+                raise ValueError(f"{type(self).__name__}: no image has a tag; without labels all images count")
+            objective = _Objective(self, features, target, images)
+            start = objective(self.text.clone())[0]
+            iterations = _minimise(self.vision, objective, tolerance, max_iterations)
+            self.vision.copy_(unit(self.vision))
+            end = objective(self.vision)[0]
+        self.last_fit = Fit(start, end, iterations, objective.calls, images)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and temperatures, as in the constructor."""
+        classes, dim = self.text.shape
+        return (
+            f"classes={classes}, dim={dim}, text_temperature={self.text_temperature}, "
+            f"vision_temperature={self.vision_temperature}, balance={self.balance}"
+        )
+
+    def _target(self, features: Tensor, labels: Tensor | None) -> Tensor:
+        logits = (features.to(self.text.dtype) @ self.text.T / self.text_temperature).detach()
+        if labels is None:
+            return logits.softmax(-1)
+        absent = labels == 0
+        # Of an image without tags the softmax is 0 / 0.
+        return logits.masked_fill(absent, -torch.inf).softmax(-1).masked_fill(absent, 0.0)
+
+    def _chunks(self, features: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for first in range(0, len(features), _CHUNK):
+            tags = None if labels is None else labels[first : first + _CHUNK].to(self.text.device)
+            yield features[first : first + _CHUNK].to(self.text.device), tags
+
+    def _check(self, features: Tensor, labels: Tensor | None) -> None:
+        me = type(self).__name__
+        classes, dim = self.text.shape
+        _checks.shape(me, "features", features, ("n", dim), "take embeddings of the network that the texts are from")
+        _checks.floating(me, "features", features)
+        _checks.not_empty(me, "features", features)
+        if labels is not None:
+            _checks.shape(me, "labels", labels, (len(features), classes), "one row per picture, one column per class")
+            _checks.multi_hot(me, "labels", labels)
+        for part, _ in self._chunks(features.detach(), None):
+            off = (part.float().norm(dim=-1) - 1).abs().max()
+            if not bool(off < 1e-2):  # also of NaN
+                raise ValueError(
+                    f"{me}: features must be of unit length, and one is off by {float(off):.3g}; "
+                    "divide them by their norm, and look for NaN"
+                )
+
+
+class _Objective:
+    """Mean KL of all images and its gradient, chunk by chunk, over all processes."""
+
+    def __init__(self, learner: VisionPrototypeLearner, features: Tensor, target: Tensor, images: int) -> None:
+        self.learner, self.features, self.target, self.images = learner, features, target, images
+        self.entropy = sum(
+            float(torch.special.entr(part).sum(dtype=torch.float64)) for part in torch.split(target, _CHUNK)
+        )
+        self.calls = 0
+
+    @torch.no_grad()  # L-BFGS turns gradients on
+    def __call__(self, vision: Tensor) -> tuple[float, Tensor]:
+        """Return the mean KL of ``vision`` scaled to unit length, and its gradient by ``vision``."""
+        self.calls += 1
+        prototypes, temperature = unit(vision), self.learner.vision_temperature
+        total = torch.zeros(prototypes.numel() + 1, dtype=torch.float64, device=vision.device)
+        slope = total[1:].view_as(prototypes)
+        total[0] -= self.entropy
+        for (part, _), target in zip(
+            self.learner._chunks(self.features, None), torch.split(self.target, _CHUNK), strict=True
+        ):
+            part = part.to(prototypes.dtype)
+            log_q = (part @ prototypes.T / temperature).log_softmax(-1)
+            total[0] -= (target * log_q).sum(dtype=torch.float64)
+            # Images without tags pull at nothing.
+            off = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
+            slope += off.T @ part
+        total = _summed(total)
+        gradient = total[1:].view_as(prototypes).to(prototypes.dtype) / (temperature * self.images)
+        # Back through the scaling to unit length.
+        gradient = gradient - (gradient * prototypes).sum(-1, keepdim=True) * prototypes
+        return float(total[0]) / self.images, gradient / vision.norm(dim=-1, keepdim=True)
+
+
+def _minimise(vision: nn.Parameter, objective: _Objective, tolerance: float, most: int) -> int:
+    """Move ``vision`` to the minimum; returns the number of steps."""
+    optimizer = torch.optim.LBFGS(
+        [vision], max_iter=most, max_eval=4 * most, tolerance_grad=tolerance, tolerance_change=tolerance / 100,
+        history_size=20, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> float:
+        value, vision.grad = objective(vision)
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    vision.grad = None
+    iterations = int(optimizer.state[vision]["n_iter"])
+    if iterations >= most:
+        warnings.warn(
+            f"VisionPrototypeLearner: {most} steps did not reach the tolerance {tolerance}; raise max_iterations",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return iterations
+
+
+def _summed(value: Tensor) -> Tensor:
+    """Sum over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def _sinkhorn(target: Tensor, labels: Tensor | None, rounds: int) -> Tensor:
+    """Scale columns to the classes' fair shares and rows to 1, in turn."""
+    rows = (target > 0).any(-1, keepdim=True).to(target.dtype)
+    if labels is None:
+        share = rows.expand_as(target) / target.shape[1]
+    else:
+        tags = labels.to(target)
+        share = tags / tags.sum(-1, keepdim=True).clamp_min(1)
+    wanted = _summed(share.sum(0, dtype=torch.float64))
+    for _ in range(rounds):
+        column = _summed(target.sum(0, dtype=torch.float64))
+        target = target * (wanted / column.clamp_min(1e-30)).to(target.dtype)
+        target = target / target.sum(-1, keepdim=True).clamp_min(1e-30)
+    return target

@@ -1,0 +1,246 @@
+"""Vision prototypes: the objective, its optimum, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import normalize
+
+from protoseg import VisionPrototypeLearner, vision
+
+N, C, D = 23, 4, 6
+TEMPERATURES = {"text_temperature": 0.2, "vision_temperature": 0.5}
+
+
+def made(seed: int = 0, dtype: torch.dtype = torch.float64, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    """Text prototypes, unit features and tags; the second picture has none."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(C, D, generator=generator, dtype=dtype)
+    features = normalize(torch.randn(n, D, generator=generator, dtype=dtype), dim=-1)
+    labels = (torch.rand(n, C, generator=generator) < 0.5).long()
+    labels[0, 0], labels[1] = 1, 0
+    return text, features, labels
+
+
+def loop(text: Tensor, prototypes: Tensor, features: Tensor, labels: Tensor | None) -> float:
+    """The mean KL, picture by picture and class by class."""
+    total, count = 0.0, 0
+    directions = text / text.norm(dim=1, keepdim=True)
+    for i, x in enumerate(features):
+        present = [c for c in range(C) if labels is None or labels[i, c]]
+        if not present:
+            continue
+        count += 1
+        weights = {c: math.exp(float(x @ directions[c]) / 0.2) for c in present}
+        q = [math.exp(float(x @ prototypes[c]) / 0.5) for c in range(C)]
+        for c in present:
+            p = weights[c] / sum(weights.values())
+            total += p * (math.log(p) - math.log(q[c] / sum(q)))
+    return total / count
+
+
+def learner(text: Tensor, **options: Any) -> VisionPrototypeLearner:
+    return VisionPrototypeLearner(text, **{**TEMPERATURES, **options}).to(text.dtype)
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_the_loss_is_the_loop_s(tags: bool) -> None:
+    text, features, labels = made()
+    found = learner(text)
+    with torch.no_grad():
+        found.vision.copy_(torch.randn(C, D, dtype=torch.float64))
+    out = found(features, labels if tags else None)
+    prototypes = found.prototypes.detach()
+    torch.testing.assert_close(prototypes.norm(dim=-1), torch.ones(C, dtype=torch.float64))
+    assert out.loss.item() == pytest.approx(loop(text, prototypes, features, labels if tags else None), abs=1e-12)
+    rows = torch.ones(N, dtype=torch.float64)
+    torch.testing.assert_close(out.probabilities.sum(-1).detach(), rows)
+    rows[1] = 1.0 - tags
+    torch.testing.assert_close(out.target.sum(-1), rows)
+    assert not out.target.requires_grad
+    if tags:
+        assert (out.target[labels == 0] == 0).all()
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_the_gradient_is_right_in_the_batch_and_in_fit(tags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, features, labels = made()
+    given = labels if tags else None
+    found = learner(text)
+    with torch.no_grad():
+        found.vision.copy_(torch.randn(C, D, dtype=torch.float64))
+
+    def loss(value: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(found, {"vision": value}, (features, given)).loss
+        return out
+
+    assert torch.autograd.gradcheck(loss, found.vision)
+    (wanted,) = torch.autograd.grad(found(features, given).loss, found.vision)
+    monkeypatch.setattr(vision, "_CHUNK", 5)  # which does not divide the number of pictures
+    target = found(features, given).target
+    objective = vision._Objective(found, features, target, 22 if tags else 23)
+    value, slope = objective(found.vision)
+    assert value == pytest.approx(found(features, given).loss.item(), abs=1e-12)
+    torch.testing.assert_close(slope, wanted)
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_fit_reaches_the_optimum(tags: bool) -> None:
+    text, features, labels = made()
+    given = labels if tags else None
+    found = learner(text).fit(features, given, tolerance=1e-9)
+    assert found.last_fit is not None
+    assert found.last_fit.start == pytest.approx(loop(text, normalize(text, dim=-1), features, given))
+    assert found.last_fit.end == pytest.approx(loop(text, found.prototypes.detach(), features, given))
+    assert found.last_fit.images == (22 if tags else 23)
+
+    def value(flat: Any) -> float:
+        rows = flat.reshape(C, D)
+        return loop(text, torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), features, given)
+
+    other = scipy.optimize.minimize(value, normalize(text, dim=-1).numpy().ravel(), method="BFGS")
+    assert found.last_fit.end <= other.fun + 1e-7  # on the sphere there are local minima, in which scipy may stop
+    assert found.last_fit.end < found.last_fit.start
+
+
+def test_without_tags_and_with_one_temperature_the_texts_are_best() -> None:
+    text, features, _ = made()
+    found = learner(text, vision_temperature=0.2).fit(features)
+    torch.testing.assert_close(found.prototypes.detach(), normalize(text, dim=-1))
+    assert found.last_fit is not None
+    assert found.last_fit.end == pytest.approx(0, abs=1e-12)
+
+
+def test_planted_prototypes_behind_a_gap_are_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    planted = normalize(torch.randn(10, 64, generator=generator), dim=-1)
+    text = normalize(planted + 2 * normalize(torch.randn(64, generator=generator), dim=0), dim=-1)
+    labels = (torch.rand(2000, 10, generator=generator) < 0.1).float()
+    labels[torch.arange(2000), torch.randint(10, (2000,), generator=generator)] = 1
+    noise = 0.7 * torch.randn(2000, 64, generator=generator) / 8
+    features = normalize(normalize(labels, 1.0, -1) @ planted + noise, dim=-1)
+    assert (text * planted).sum(-1).mean() < 0.5
+    for given in (labels, None):
+        found = VisionPrototypeLearner(text).fit(features, given)
+        assert (found.prototypes * planted).sum(-1).mean() > 0.9
+
+
+def test_half_precision_features_and_a_run_that_is_cut_short() -> None:
+    text, features, labels = made(dtype=torch.float32)
+    whole = learner(text).fit(features.half().float(), labels).prototypes
+    torch.testing.assert_close(learner(text).fit(features.half(), labels).prototypes, whole, rtol=0, atol=1e-4)
+    with pytest.warns(RuntimeWarning, match=r"2 steps did not reach the tolerance 1e-07; raise max_iterations"):
+        learner(text).fit(features, labels, max_iterations=2)
+
+
+def test_balancing_gives_every_class_its_share() -> None:
+    text, features, labels = made()
+    for given in (None, labels):
+        found = learner(text, balance=200)
+        target = learner(text)(features, given).target
+        balanced = vision._sinkhorn(target, given, 200)
+        has = target.sum(-1) > 0
+        torch.testing.assert_close(balanced.sum(-1), has.to(torch.float64))
+        share = torch.full((N, C), 1 / C, dtype=torch.float64) if given is None else normalize(given.double(), 1.0, -1)
+        torch.testing.assert_close(balanced.sum(0), share.sum(0), rtol=0, atol=1e-3)
+        assert (balanced[target == 0] == 0).all()
+        plain = learner(text).fit(features, given)
+        assert not torch.allclose(found.fit(features, given).prototypes, plain.prototypes, atol=1e-3)
+
+
+def test_training_by_steps_comes_to_the_same_and_state_travels() -> None:
+    text, features, labels = made()
+    found = learner(text)
+    optimizer = torch.optim.Adam([found.vision], 0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        torch.autograd.backward(found(features, labels).loss)
+        optimizer.step()
+    fitted = learner(text).fit(features, labels)
+    torch.testing.assert_close(found.prototypes, fitted.prototypes, rtol=0, atol=2e-3)
+    other = learner(torch.randn(C, D, dtype=torch.float64))
+    other.load_state_dict(fitted.state_dict())
+    assert torch.equal(other.prototypes, fitted.prototypes)
+    assert torch.equal(other.text, fitted.text)
+
+
+def test_no_picture_with_a_tag() -> None:
+    text, features, labels = made()
+    out = learner(text)(features, torch.zeros_like(labels))
+    assert out.loss.item() == 0
+    torch.autograd.backward(out.loss)
+    with pytest.raises(ValueError, match="no image has a tag"):
+        learner(text).fit(features, torch.zeros_like(labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(3, 5)}, r"features must have shape \(n, 6\), got \(3, 5\); take embeddings"),
+        ({"features": torch.ones(N, D)}, r"features must be of unit length, and one is off by 1\.45"),
+        ({"features": torch.full((N, D), torch.nan)}, r"off by nan; divide them by their norm, and look for NaN"),
+        ({"features": torch.ones(N, D).long()}, r"features must be floating point"),
+        ({"features": torch.zeros(0, D)}, r"features must not be empty"),
+        ({"labels": torch.ones(N, 3)}, r"labels must have shape \(23, 4\), got \(23, 3\); one row per picture"),
+        ({"labels": torch.full((N, C), 0.5)}, r"labels must hold only 0 and 1"),
+    ],
+)
+def test_bad_pictures_and_tags(change: dict[str, Tensor], message: str) -> None:
+    text, features, labels = made(dtype=torch.float32)
+    given = {"features": features, "labels": labels, **change}
+    for call in (learner(text), learner(text).fit):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(given["features"], given["labels"])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (torch.zeros(2, 3), {}, "every text prototype needs a direction"),
+        (torch.ones(3), {}, r"text_prototypes must have shape \(C, D\)"),
+        (torch.ones(2, 3) * torch.nan, {}, "text_prototypes must be finite"),
+        (torch.ones(2, 3), {"text_temperature": 0.0}, "text_temperature must be above 0"),
+        (torch.ones(2, 3), {"vision_temperature": -1.0}, "vision_temperature must be above 0"),
+        (torch.ones(2, 3), {"balance": -1}, "balance must be at least 0, got -1"),
+    ],
+)
+def test_bad_texts_and_options(text: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisionPrototypeLearner(text, **options)
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    text, features, labels = made()
+    part = slice(0, 9) if rank == 0 else slice(9, N)
+    found = learner(text)
+    loss = found(features[part], labels[part]).loss
+    (slope,) = torch.autograd.grad(loss, found.vision)
+    fitted = learner(text, balance=3).fit(features[part], labels[part])
+    torch.save({"loss": loss.detach(), "slope": slope, "fitted": fitted.prototypes.detach()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    spawn(rank_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    text, features, labels = made()
+    found = learner(text)
+    loss = found(features, labels).loss
+    (slope,) = torch.autograd.grad(loss, found.vision)
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
+    torch.testing.assert_close((first["slope"] + second["slope"]) / 2, slope)
+    assert torch.equal(first["fitted"], second["fitted"])
+    torch.testing.assert_close(
+        first["fitted"], learner(text, balance=3).fit(features, labels).prototypes.detach(), rtol=0, atol=1e-5
+    )
