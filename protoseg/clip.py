@@ -1,0 +1,319 @@
+"""A frozen open_clip model as a source of prototypes, patch features and maps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks, _clip_vit
+from protoseg._affinity import affinity, refine_by_affinity
+from protoseg._numeric import unit
+
+__all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "affinity", "refine_by_affinity"]
+
+Pooling = Literal["patches", "token"]
+# Sentences that a class's name is put into; the first is that of CLIP-ES.
+TEMPLATES = ("a clean origami {}.", "a photo of a {}.", "a picture of a {}.", "there is a {} in the scene.")
+# What pictures show beside the classes; CLIP-ES's list for VOC.
+BACKGROUND = (
+    *("ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway"),
+    *("railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley"),
+    *("bridge", "sign"),
+)
+
+
+class Dense(NamedTuple):
+    """What :meth:`FrozenCLIP.encode` returns.
+
+    Attributes:
+        features: ``[B, E, h, w]``, of every patch, in the space of the texts; of any length.
+        pooled: ``[B, E]``, of the whole picture, of unit length.
+        attention: ``[B, h w, h w]``, of patches on patches, mean over heads and blocks; None where not asked for.
+    """
+
+    features: Tensor
+    pooled: Tensor
+    attention: Tensor | None
+
+
+class FrozenCLIP(nn.Module):
+    """A CLIP model that is not trained, asked for text prototypes, patch features, Grad-CAM and affinity.
+
+    Nothing of the model is replaced; hooks are removed when a call ends. Its parameters do not require a gradient, and
+    it stays in evaluation mode.
+
+    Args:
+        model: An open_clip model with one of its own vision transformers.
+        tokenizer: Its tokenizer, texts to ``[n, T]``.
+        mean: Of the model's normalisation, red, green and blue.
+        std: Likewise.
+
+    Raises:
+        ValueError: The model's vision network is of another kind.
+
+    Example:
+        >>> import open_clip
+        >>> sizes = dict(width=64, layers=2)
+        >>> model = open_clip.CLIP(32, dict(image_size=32, patch_size=8, **sizes), dict(heads=2, **sizes))
+        >>> clip = FrozenCLIP(model, open_clip.get_tokenizer("ViT-B-16"))
+        >>> image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+        >>> pixels = clip.prepare(image, 32)
+        >>> clip.encode(pixels).features.shape, clip.text_prototypes(["cat", ["dog", "puppy"]]).shape
+        (torch.Size([1, 32, 4, 6]), torch.Size([2, 32]))
+        >>> clip.grad_cam(pixels, clip.text_prototypes(["cat", "dog"]), clip.text_prototypes(["sky"])).shape
+        torch.Size([1, 2, 4, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.eval().requires_grad_(False)
+        self.visual: Any = self.model.visual
+        _clip_vit.check(self.visual)
+        self.tokenizer, self.mean, self.std = tokenizer, tuple(mean), tuple(std)
+        self._texts: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(
+        cls, name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu", precision: str = "fp32"
+    ) -> FrozenCLIP:
+        """Make one of open_clip's models.
+
+        Args:
+            name: Such as ``"ViT-B-16"``.
+            pretrained: A tag such as ``"openai"``, which is downloaded, or the path of a checkpoint; random weights
+                where not given.
+            device: Where to.
+            precision: open_clip's: ``"fp32"``, ``"fp16"``, ``"bf16"`` and others.
+
+        Raises:
+            ImportError: open_clip is not installed.
+            ValueError: There is no such model or tag; the message lists near ones.
+        """
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError("protoseg.clip needs open_clip: pip install protoseg[clip]") from error
+        if name not in (names := open_clip.list_models()):
+            raise ValueError(f"FrozenCLIP: no model {name!r} in open_clip; near ones: {_near(name, names)}")
+        if pretrained is not None and not Path(pretrained).is_file():
+            tags = [tag for model, tag in open_clip.list_pretrained() if model == name]
+            if pretrained not in tags:
+                raise ValueError(
+                    f"FrozenCLIP: {pretrained!r} is neither a file nor a tag of {name}; near tags: "
+                    f"{_near(pretrained, tags)}"
+                )
+        model = open_clip.create_model(name, pretrained, device=device, precision=precision)
+        normalisation = {key: getattr(model.visual, f"image_{key}", None) for key in ("mean", "std")}
+        known = {key: value for key, value in normalisation.items() if value is not None}
+        return cls(model, open_clip.get_tokenizer(name), **known)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that the model was trained with: what its cosines are divided by."""
+        return 1 / float(self.model.logit_scale.exp())
+
+    def train(self, mode: bool = True) -> FrozenCLIP:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def prepare(self, image: Tensor, short_side: int | None = None) -> Tensor:
+        """Resize a picture so that its sides are multiples of a patch, and normalise it.
+
+        Args:
+            image: ``[3, H, W]`` uint8, RGB.
+            short_side: Length of the shorter side in pixels; the picture's own where not given.
+
+        Returns:
+            ``[1, 3, h, w]`` in the model's precision, on its device.
+
+        Raises:
+            TypeError: The picture is not uint8.
+            ValueError: It has another shape, or is smaller than a patch.
+        """
+        _checks.shape("FrozenCLIP.prepare", "image", image, (3, "H", "W"))
+        if image.dtype != torch.uint8:
+            raise TypeError(f"FrozenCLIP.prepare: image must be uint8 in 0..255, got {image.dtype}")
+        weight = self.visual.conv1.weight
+        patch = weight.shape[-1]
+        scale = (short_side or min(image.shape[-2:])) / min(image.shape[-2:])
+        sides = [round(side * scale / patch) * patch for side in image.shape[-2:]]
+        if min(sides) < patch:
+            raise ValueError(
+                f"FrozenCLIP.prepare: a picture of {tuple(image.shape[-2:])} pixels is smaller than a patch of {patch} "
+                "pixels; enlarge it by short_side"
+            )
+        pixels = F.interpolate(image[None].to(weight.device).float(), sides, mode="bicubic", antialias=True) / 255
+        mean, std = (torch.tensor(each, device=weight.device)[:, None, None] for each in (self.mean, self.std))
+        return ((pixels.clamp(0, 1) - mean) / std).to(weight.dtype)
+
+    @torch.no_grad()
+    def text_prototypes(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES[:1]) -> Tensor:
+        """Embed classes by their names: the mean over names and templates; texts are encoded once.
+
+        Args:
+            names: A name per class, or several that mean the same.
+            templates: Sentences with ``{}`` for the name.
+
+        Returns:
+            ``[C, E]`` of unit length, in float32.
+
+        Raises:
+            ValueError: No name or template, a name twice, a template without ``{}``, or a text that is longer than
+                the model reads.
+        """
+        me = "FrozenCLIP.text_prototypes"
+        classes = [[name] if isinstance(name, str) else list(name) for name in names]
+        if not classes or not all(classes) or not templates:
+            raise ValueError(f"{me}: needs a name for every class and a template, got {names!r} and {templates!r}")
+        every = [name for several in classes for name in several]
+        if twice := sorted({name for name in every if every.count(name) > 1}):
+            raise ValueError(f"{me}: every name may occur once, and {twice[0]!r} occurs more often")
+        if wrong := [each for each in templates if "{}" not in each]:
+            raise ValueError(f"{me}: expected {{}} for the name in every template, got {wrong[0]!r}")
+        self._encode_texts([template.format(name) for name in every for template in templates])
+        rows = [
+            torch.stack([self._texts[template.format(name)] for name in several for template in templates]).mean(0)
+            for several in classes
+        ]
+        return unit(torch.stack(rows))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, attentions: int = 0, pooling: Pooling = "token") -> Dense:
+        """Encode pictures of any size.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised, sides multiples of the patch, as :meth:`prepare` makes them.
+            attentions: Of how many of the last blocks the attention is wanted; 8 in CLIP-ES.
+            pooling: What stands for the whole picture: ``"token"``, the model's own pooling; ``"patches"``, the mean
+                of the patch features, as in CLIP-ES.
+
+        Returns:
+            :class:`Dense`.
+
+        Raises:
+            ValueError: Wrong shape, sides that are no multiples of the patch, or an option out of range.
+        """
+        self._check("FrozenCLIP.encode", images, pooling, attentions)
+        with _clip_vit.watch(self.visual, leaf=False, attentions=attentions) as watched:
+            tokens, grid = self._tokens(images)
+        features, whole = self._embedding(tokens, pooling)
+        attention = None if watched.attention is None else watched.attention[:, 1:, 1:]
+        return Dense(features.transpose(1, 2).reshape(len(images), -1, *grid), whole, attention)
+
+    def grad_cam(
+        self,
+        images: Tensor,
+        prototypes: Tensor,
+        background: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        pooling: Pooling = "patches",
+    ) -> Tensor:
+        r"""Grad-CAM of each class on the tokens before the last block's attention (CLIP-ES).
+
+        With :math:`p = \mathrm{softmax}(\langle x, v \rangle / \tau)` over classes and background, tokens :math:`A_l`,
+        and :math:`w_c` the mean over patches of :math:`\partial \log \tfrac{p_c}{1 - p_c} / \partial A_l`,
+
+        .. math:: M_c(l) = \mathrm{ReLU}(\langle w_c, A_l \rangle)
+
+        The published form differentiates :math:`p_c` itself, which is this gradient times :math:`p_c (1 - p_c)`: the
+        same map up to its scale, but 0 where the model is sure of the class, as float32 then cannot tell :math:`p_c`
+        from 1.
+
+        Args:
+            images: ``[B, 3, H, W]``, as of :meth:`encode`.
+            prototypes: ``[C, E]``, of texts or learnt, of unit length.
+            background: ``[K, E]``, what takes part in the softmax without a map.
+            labels: ``[B, C]``; classes that no picture has are skipped, and maps of absent ones are 0.
+            pooling: As of :meth:`encode`.
+
+        Returns:
+            ``[B, C, h, w]`` of at least 0, float32, without gradient.
+
+        Raises:
+            ValueError: Wrong shapes, sides that are no multiples of the patch.
+        """
+        me = "FrozenCLIP.grad_cam"
+        self._check(me, images, pooling, 0)
+        width = self.visual.proj.shape[1] if self.visual.proj is not None else self.visual.ln_post.weight.shape[0]
+        _checks.shape(me, "prototypes", prototypes, ("C", width))
+        every = prototypes.detach()
+        if background is not None:
+            _checks.shape(me, "background", background, ("K", width))
+            every = torch.cat([every, background.detach().to(every)])
+        if labels is not None:
+            _checks.shape(me, "labels", labels, (len(images), len(prototypes)), "one row per picture")
+            _checks.multi_hot(me, "labels", labels)
+        with torch.enable_grad(), _clip_vit.watch(self.visual, leaf=True, attentions=0) as watched:
+            tokens, grid = self._tokens(images)
+            _, whole = self._embedding(tokens, pooling)
+            logits = whole @ unit(every.to(whole)).T / self.temperature
+        leaf = watched.leaf
+        assert leaf is not None
+        maps = torch.zeros(len(images), len(prototypes), *grid, device=images.device)
+        wanted = [c for c in range(len(prototypes)) if labels is None or bool((labels[:, c] != 0).any())]
+        for place, c in enumerate(wanted):
+            with torch.enable_grad():
+                odds = logits[:, c]
+                if len(every) > 1:
+                    odds = odds - torch.cat([logits[:, :c], logits[:, c + 1 :]], 1).logsumexp(1)
+            (slope,) = torch.autograd.grad(odds.sum(), leaf, retain_graph=place + 1 < len(wanted))
+            weights = slope[:, 1:].float().mean(1, keepdim=True)
+            maps[:, c] = (leaf.detach()[:, 1:].float() * weights).sum(-1).relu().reshape(-1, *grid)
+        return maps if labels is None else maps * (labels != 0).to(maps)[:, :, None, None]
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        tokens, grid = _clip_vit.embed(self.visual, images.to(self.visual.conv1.weight.dtype))
+        return self.visual.transformer(tokens), grid
+
+    def _embedding(self, tokens: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+        """Features of the patches ``[B, L, E]``, and unit ones of the whole pictures ``[B, E]``, in float32."""
+        features = _clip_vit.project(self.visual, tokens)[:, 1:].float()
+        whole = features.mean(1) if pooling == "patches" else _clip_vit.pooled(self.visual, tokens).float()
+        return features, unit(whole)
+
+    def _encode_texts(self, texts: Sequence[str]) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if not new:
+            return
+        encode, length = getattr(self.tokenizer, "encode", None), getattr(self.tokenizer, "context_length", None)
+        if encode is not None and length is not None:
+            for text in new:
+                if (needed := len(encode(text)) + 2) > length:
+                    me = "FrozenCLIP.text_prototypes"
+                    raise ValueError(f"{me}: the model reads {length} tokens, and {text!r} has {needed}; shorten it")
+        device = self.visual.conv1.weight.device
+        for first in range(0, len(new), 256):
+            part = new[first : first + 256]
+            found = unit(self.model.encode_text(self.tokenizer(part).to(device)).float())
+            self._texts.update(zip(part, found, strict=True))
+
+    def _check(self, me: str, images: Tensor, pooling: str, attentions: int) -> None:
+        _checks.shape(me, "images", images, ("B", 3, "H", "W"))
+        _checks.choice(me, "pooling", pooling, get_args(Pooling))
+        patch, blocks = self.visual.conv1.weight.shape[-1], len(self.visual.transformer.resblocks)
+        if min(images.shape[-2:]) < patch or images.shape[-2] % patch or images.shape[-1] % patch:
+            raise ValueError(
+                f"{me}: the sides of images must be multiples of the patch's {patch} pixels, got "
+                f"{tuple(images.shape[-2:])}; prepare(image) sees to it"
+            )
+        if not 0 <= attentions <= blocks:
+            raise ValueError(f"{me}: attentions must lie between 0 and the model's {blocks} blocks, got {attentions}")
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, names, 5, 0.3) or list(names)[:5]
+    return ", ".join(found) if found else "none at all"
