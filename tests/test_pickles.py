@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from protoseg.models._pickles import Inert, read_checkpoint
+from protoseg.models._pickles import Inert, _Unpickler, read_checkpoint
 
 
 class Evil:
@@ -54,6 +56,15 @@ def test_tensors_are_read_and_nothing_is_run(new_format: bool, tmp_path: Path) -
         assert found["model"][name].dtype == value.dtype
     torch.load(tmp_path / "file.pth", weights_only=False)
     assert trap.exists(), "a plain reader falls into the trap"
+
+
+@pytest.mark.parametrize("owner", [b"ctorch._utils\n_rebuild_tensor_v2\n", b"cnobody\nKnown\n", b"ctorch\nSize\n"])
+def test_what_is_trusted_keeps_its_attributes(owner: bytes) -> None:
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    for state in (b"}U\x0c__defaults__K\x07sb.", b"N}U\x0c__defaults__K\x07s\x86b."):
+        with pytest.raises(pickle.UnpicklingError, match="the file sets attributes of"):
+            _Unpickler(io.BytesIO(b"\x80\x02" + owner + state)).load()
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:

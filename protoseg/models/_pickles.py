@@ -6,7 +6,7 @@ import collections
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,7 +44,19 @@ class Inert:
         """Forget the value."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    # The one in Python, since that in C has no way to refuse a state.
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self: Any) -> None:
+        """Set the state of an object, but never that of a trusted function or class."""
+        owner = self.stack[-2]
+        if not isinstance(owner, Inert | collections.OrderedDict):
+            raise pickle.UnpicklingError(f"the file sets attributes of {owner!r}")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _TRUSTED:
             return _TRUSTED[module, name]
