@@ -88,3 +88,27 @@ def test_page_says_what_was_measured(results: tuple[dict[str, Any], str]) -> Non
 def test_page_names_no_machine_and_no_folder(results: tuple[dict[str, Any], str]) -> None:
     assert str(SPEED.parents[1]) not in json.dumps(results[0]) + results[1]
     assert platform.node() not in results[1] or len(platform.node()) < 4
+
+
+def test_accuracy_of_pgseg_runs_what_is_missing_and_shows_means(tmp_path: Path) -> None:
+    for package in ("timm", "accelerate", "open_clip", "webdataset"):
+        pytest.importorskip(package, reason=f"the trainer needs {package}")
+    command = [sys.executable, str(SPEED.with_name("accuracy_pgseg.py")), "--sets", "npr", "--seeds", "0", "1"]
+    command += ["--jobs", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--"]
+    command += ["--train-scenes", "16", "--eval-scenes", "4", "--epochs", "1", "--batch", "8", "--size", "32"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    runs = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.json")}
+    assert set(runs) == {f"{npr}-{seed}" for npr in ("none", "image", "text", "both") for seed in (0, 1)}
+    summary = json.loads((tmp_path / "out" / "accuracy-pgseg-scenes-npr.json").read_text(encoding="utf-8"))
+    known = [
+        json.loads((tmp_path / "runs" / "scenes" / f"both-{seed}" / "metrics.json").read_text(encoding="utf-8"))
+        for seed in (0, 1)
+    ]
+    mious = [each["maps"]["eval"]["zeroshot"]["miou"] for each in known]
+    assert summary["variants"]["both"]["mIoU"]["values"] == mious
+    assert summary["variants"]["none"]["accepted, image"]["mean"] is None
+    page = (tmp_path / "out" / "accuracy-pgseg-scenes-npr.md").read_text(encoding="utf-8")
+    assert f"| both | {sum(mious) / 2:.3f} ± " in page
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    again = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.json")}
+    assert again == runs
