@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,7 +177,7 @@ def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accel
         else:
             views.set_epoch(epoch)
         network.train()
-        npr, sums, found = float(epoch >= args.npr_start * args.epochs), dict[str, float](), dict[str, float]()
+        npr, sums, found = float(epoch >= args.npr_start * args.epochs), dict[str, torch.Tensor](), dict[str, float]()
         bar = tqdm(loader, f"{epoch + 1}/{args.epochs}", steps, disable=not accelerator.is_main_process, leave=False)
         for step, (images, captions) in enumerate(bar):
             factor = learning_rate(epoch * steps + step, args.epochs * steps, args.warmup)
@@ -196,11 +197,11 @@ def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accel
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(network.parameters(), args.clip_grad)
             stepper.step()
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value.item() / steps
+            for key, value in parts.items():  # read at the end only: reading waits for a GPU
+                sums[key] = sums.get(key, 0.0) + value.detach().double() / steps
             if step == steps - 1:
                 found = dict(diagnose(out.encoded.stages, out.words))
-        entry = {"losses": sums, "prototypes": found}
+        entry: dict[str, Any] = {"losses": {key: value.item() for key, value in sums.items()}, "prototypes": found}
         if args.eval_every and (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
             entry["zeroshot"] = evaluate()[0]["miou"]
         history.append(entry)
@@ -226,6 +227,7 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if not args.resume:
             for name in ("checkpoint/last.pt", "metrics.json", "report.html"):
                 (args.output / name).unlink(missing_ok=True)
+            shutil.rmtree(args.output / "broken", ignore_errors=True)
         write_json(path, config)
     accelerator.wait_for_everyone()
 
