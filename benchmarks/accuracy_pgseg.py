@@ -41,6 +41,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "0.1, two prototypes a group": [*NARROW, "num_prototypes=16"],
     },
     "parts": {
+        "none": ["--npr", "none"],
         "patches by one convolution": ["--npr", "none", "--network", "stem=patch"],
         "group tokens in the sequence, hard Gumbel assignment": ["--npr", "none", "--network", "unit=attention"],
         "a block behind the unit": ["--npr", "none", "--network", "depths=1,1"],
