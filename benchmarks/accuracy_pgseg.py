@@ -157,7 +157,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
             pool.map(train, missing, chunksize=1)
     summary = summarise(args.runs / name, list(wanted), args.seeds)
-    command = " ".join(["python benchmarks/accuracy_pgseg.py --data", shown, "--sets", *args.sets, *args.flags])
+    command = " ".join(
+        [
+            "python benchmarks/accuracy_pgseg.py --data",
+            shown,
+            "--sets",
+            *args.sets,
+            *(["--", *args.flags] if args.flags else []),
+        ]
+    )
     summary |= {"command": command, "seeds": args.seeds}
     args.output.mkdir(parents=True, exist_ok=True)
     page = "-".join(["accuracy-pgseg", name, *args.sets])
