@@ -101,7 +101,7 @@ def summarise(folder: Path, wanted: Sequence[str], seeds: Sequence[int]) -> dict
 
 def path_of(folder: Path, name: str, seed: int) -> Path:
     """The folder of a run."""
-    return folder / f"{name.replace(' / ', ' by ')}-{seed}"
+    return folder / f"{name}-{seed}"
 
 
 def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, Any], sets: Sequence[str]) -> str:
@@ -117,18 +117,17 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
         f"background everywhere {trivial['background']:.3f}, random parts {trivial['regions']:.3f}, a true tag in a "
     )
     text += f"centred disc {trivial['disc']:.3f}.\n"
-    base = summary["variants"]
+    found = summary["variants"]
+    plain = found.get("none")  # what every variant is compared with, seed by seed
     for each in sets:
-        reference = "none"
         rows = []
-        for variant in dict.fromkeys([*([reference] if reference in base else []), *SETS[each]]):
-            figures = base[variant]
-            change = "-"
-            if reference in base and variant != reference:
-                pairs = zip(figures["mIoU"]["values"], base[reference]["mIoU"]["values"], strict=True)
+        for variant in dict.fromkeys([*(["none"] if plain else []), *SETS[each]]):
+            figures, change = found[variant], "-"
+            if plain and figures is not plain:
+                pairs = zip(figures["mIoU"]["values"], plain["mIoU"]["values"], strict=True)
                 change = show(spread(a - b for a, b in pairs))
             rows.append([variant, *(show(figures[key]) for key in FIGURES), change])
-        text += f"\n## {each}\n\n" + table([each, *FIGURES, f"mIoU over {reference}, by seed"], rows)
+        text += f"\n## {each}\n\n" + table([each, *FIGURES, "mIoU over none, by seed"], rows)
     return text
 
 
@@ -157,15 +156,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
             pool.map(train, missing, chunksize=1)
     summary = summarise(args.runs / name, list(wanted), args.seeds)
-    command = " ".join(
-        [
-            "python benchmarks/accuracy_pgseg.py --data",
-            shown,
-            "--sets",
-            *args.sets,
-            *(["--", *args.flags] if args.flags else []),
-        ]
-    )
+    flags = ["--", *args.flags] if args.flags else []
+    command = " ".join(["python benchmarks/accuracy_pgseg.py --data", shown, "--sets", *args.sets, *flags])
     summary |= {"command": command, "seeds": args.seeds}
     args.output.mkdir(parents=True, exist_ok=True)
     page = "-".join(["accuracy-pgseg", name, *args.sets])
