@@ -15,38 +15,47 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import (
     Crops,
     Pictures,
-    Shuffle,
     keywords,
-    learning_rate,
     load_checkpoint,
     open_pictures,
-    save_checkpoint,
     write_json,
 )
-from cpal_progress import STAGES, Progress, check
-from cpal_stages import MAPS, SIDE, Network, pseudo_mask, refine, report, score_segmentation, seeds, true_mask
+from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
+from progress import Plan, Progress
+from pseudo_masks import pseudo_mask, refine, report, true_mask
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from training import train
 
 from protoseg import ContextPrototypeBank
 from protoseg.data import Sample
 from protoseg.models.heads import build_cam_network
 from protoseg.models.segmentation import build_segmentation_network
+from protoseg.refine import load_refiner
 
-Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
+PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
+PLAN = Plan(
+    files={
+        "classify": ("checkpoint/classify.pt",),
+        "seeds": ("seeds/*.npz",),
+        "refine": ("pseudo_masks/*.png",),
+        "segment": ("checkpoint/segment.pt", "checkpoint/ceiling.pt", "metrics.json", "report.html"),
+    },
+    results={"classify": (), "seeds": ("maps", "sweeps"), "refine": ("pseudo_masks",), "segment": ("segmentation",)},
+    free=("output", "resume", "stages", "device", "workers", "skip_broken", "ceiling"),
+    own={"refine": ("seed_map", "threshold", "refine"), "segment": ("segmentation", "segmentation_epochs")},
+)
+STAGES = PLAN.stages
 
 # The paper states ResNet-50 and a bank of 1000; everything else in "paper-voc" and "paper-coco" is a guess after SIPE,
 # marked as such in docs/cpal.md. "scratch" was chosen on the train and val pictures of MSRC-15.
@@ -130,75 +139,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def train(
-    name: str,
-    model: nn.Module,
-    crops: Crops,
-    loss_of: Losses,
-    epochs: int,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    modules: Mapping[str, nn.Module],
-) -> list[dict[str, float]]:
-    """Train ``model`` and save everything after each epoch; returns the history of the losses.
-
-    Args:
-        name: Of the checkpoint.
-        model: The network.
-        crops: What to train on.
-        loss_of: Takes the network, a batch and the epoch to the named parts of the loss, which are summed.
-        epochs: Their number.
-        args: The flags.
-        accelerator: The engine.
-        modules: What else is saved.
-    """
-    shuffle = Shuffle(len(crops), args.seed)
-    drop = len(crops) >= args.batch * accelerator.num_processes
-    loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
-    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, **modules}
-    if accelerator.scaler is not None:
-        saved["scaler"] = accelerator.scaler
-    path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
-    if args.resume and path.exists():
-        state = load_checkpoint(path)
-        if state["processes"] != accelerator.num_processes:
-            raise SystemExit(
-                f"--resume: {path} is of {state['processes']} processes and these are {accelerator.num_processes}, "
-                "which would change the batch; launch as many as before"
-            )
-        for key, part in saved.items():
-            part.load_state_dict(state[key])
-        history, first = state["history"], state["epoch"]
-    network, stepper, loader = accelerator.prepare(model, optimizer, loader)
-    total, step = epochs * len(loader), first * len(loader)
-    for epoch in range(first, epochs):
-        shuffle.epoch = crops.epoch = epoch
-        set_seed(args.seed + epoch, device_specific=True)  # an epoch's dropout is the same in a resumed run
-        network.train()
-        sums: dict[str, float] = {}
-        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not accelerator.is_main_process, leave=False):
-            for group in stepper.param_groups:
-                group["lr"] = args.lr * learning_rate(step, total)
-            with accelerator.autocast():
-                parts = loss_of(network, batch, epoch)
-            stepper.zero_grad()
-            accelerator.backward(torch.stack(list(parts.values())).sum())
-            stepper.step()
-            step += 1
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value.item()
-        history.append({key: value / len(loader) for key, value in sums.items()})
-        if accelerator.is_main_process:
-            state = {key: part.state_dict() for key, part in saved.items()}
-            state |= {"epoch": epoch + 1, "history": history, "processes": accelerator.num_processes}
-            save_checkpoint(path, state)
-        accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
-        model.load_state_dict(load_checkpoint(path)["model"])
-    return history
-
-
 def classify(
     net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
 ) -> list[dict[str, float]]:
@@ -245,6 +185,37 @@ def segment(
     return score_segmentation(model, test, args, accelerator), history
 
 
+def check(args: argparse.Namespace) -> None:
+    """Stop now, and not after hours, for what a later stage cannot use."""
+    for name in ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.threshold not in ("otsu", "sweep"):
+        try:
+            valid = 0 <= float(args.threshold) <= 1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise SystemExit(f"--threshold: expected otsu, sweep or a number in 0..1, got {args.threshold!r}")
+    if "refine" in args.stages:
+        load_refiner(args.refine)
+    if "segment" in args.stages:
+        if args.crop < SIDE:
+            raise SystemExit(f"--crop: the segmentation network needs at least {SIDE} pixels, got {args.crop}")
+        backbone = build_cam_network(args.backbone, 1).backbone
+        try:
+            build_segmentation_network(args.segmentation, 2, backbone=backbone)
+        except ValueError as error:
+            raise SystemExit(f"--segmentation: {error}") from error
+
+
+def restore(net: Network, args: argparse.Namespace) -> None:
+    """Load the trained network and bank, so that every process goes on with the same."""
+    state = load_checkpoint(args.output / "checkpoint" / "classify.pt")
+    net.cam.load_state_dict(state["model"])
+    net.bank.load_state_dict(state["bank"])
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and ``pseudo_masks``; returns the metrics."""
     began = time.monotonic()
@@ -263,22 +234,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cam = cam.to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **keywords("--bank", args.bank))
     net = Network(cam, bank.to(accelerator.device))
-    progress = Progress(args, accelerator, began)
+    progress = Progress(PLAN, args, accelerator, began)
     if progress.wants("classify"):
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
-        progress.restore(net)
+        restore(net, args)
         maps, sweeps = seeds(net, {"train": pictures, "eval": test}, args, accelerator)
         progress.done("seeds", {"maps": maps, "sweeps": sweeps})
     if progress.wants("refine"):
         progress.done("refine", {"pseudo_masks": refine(pictures, progress.found, args, accelerator)})
-    if progress.wants("segment"):
-        progress.restore(net)
+    scored = progress.found.get("segmentation", {}).get("eval", {})
+    if progress.wants("segment", complete="ceiling" in scored or not args.ceiling):
+        restore(net, args)
         progress.done("segment", segmentation(net, pictures, test, args, accelerator))
-    metrics = progress.metrics(pictures, test)
+    metrics = progress.metrics(args.method, PACKAGES, broken={"train": pictures.broken, "eval": test.broken})
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
-        report(metrics, progress.found, pictures, args)
+        title = f"CPAL on {Path(args.data).name}: {args.method}, seed {args.seed}"
+        report(title, metrics, progress.found, pictures, args)
     accelerator.end_training()
     return metrics
 

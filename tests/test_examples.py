@@ -25,11 +25,11 @@ from tests.trainer import (
     assert_maps,
     checkpoint,
     common,
-    cpal_stages,
     findings,
     main,
     masks,
     miou,
+    pseudo_masks,
     read,
     run,
     train_cpal,
@@ -189,7 +189,7 @@ def test_order_and_crops_depend_on_seed_epoch_and_picture_only() -> None:
 def test_crops_can_go_to_a_process_that_reads() -> None:
     """Also one that is not a fork, to which the data set is pickled."""
     args = train_cpal.parse([])
-    masks_of = (partial(cpal_stages.pseudo_mask, args=args), cpal_stages.true_mask)
+    masks_of = (partial(pseudo_masks.pseudo_mask, args=args), pseudo_masks.true_mask)
     for crops in (common.Crops(common.Pictures(Scenes(2, size=32)), 32, seed=0, masks=each) for each in masks_of):
         again = pickle.loads(pickle.dumps(crops))
         assert len(again) == 2

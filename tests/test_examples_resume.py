@@ -22,9 +22,9 @@ from tests.trainer import (
     assert_equal,
     checkpoint,
     common,
-    cpal_stages,
     findings,
     masks,
+    pseudo_masks,
     read,
     run,
     train_cpal,
@@ -123,7 +123,7 @@ def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, t
     assert not (tmp_path / "checkpoint" / "segment.pt").exists()
     expected = {}
     for name in Scenes(24, seed=0, size=48).ids:
-        maps = cpal_stages.read_seeds(train_cpal.parse(["--output", str(tmp_path)]), name)["cam"]
+        maps = pseudo_masks.read_seeds(train_cpal.parse(["--output", str(tmp_path)]), name)["cam"]
         scores = torch.nn.functional.interpolate(maps[None].float(), (48, 48), mode="bilinear")[0]
         expected[name] = int((scores.amax(0) >= 0.9).sum())
     found = {name: int((mask > 0).sum()) for name, mask in masks(tmp_path / "pseudo_masks").items()}
@@ -167,5 +167,5 @@ def test_a_ceiling_can_be_asked_for_later(finished: Path, tmp_path: Path) -> Non
 def test_a_picture_without_a_mask_does_not_stop_the_ceiling() -> None:
     sample = Scenes(1, size=32)[0]
     assert sample.mask is not None
-    assert cpal_stages.true_mask(sample) is sample.mask
-    assert cpal_stages.true_mask(sample._replace(mask=None)).unique().tolist() == [255]
+    assert pseudo_masks.true_mask(sample) is sample.mask
+    assert pseudo_masks.true_mask(sample._replace(mask=None)).unique().tolist() == [255]

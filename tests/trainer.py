@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="the extra examples is not installed")
 pytest.importorskip("segmentation_models_pytorch", reason="the extra examples is not installed")
 
 import common
-import cpal_stages
+import pseudo_masks
 import train_cpal
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "assert_maps",
     "checkpoint",
     "common",
-    "cpal_stages",
     "findings",
     "main",
     "masks",
     "miou",
+    "pseudo_masks",
     "read",
     "run",
     "train_cpal",

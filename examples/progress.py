@@ -1,0 +1,118 @@
+"""The bookkeeping of trainers that run in stages: which have run, and what they found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from common import peak_memory_mb, versions, write_json
+
+
+class Plan(NamedTuple):
+    """What a trainer's stages are.
+
+    Attributes:
+        files: By stage, in their order: patterns of what it leaves in the folder.
+        results: By stage: names of what it finds.
+        free: Flags that may change between a run and its resumption.
+        own: By stage: flags that no earlier stage looks at, so that it can be run again with others.
+    """
+
+    files: Mapping[str, Sequence[str]]
+    results: Mapping[str, Sequence[str]]
+    free: Sequence[str]
+    own: Mapping[str, Sequence[str]]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Their names in order."""
+        return tuple(self.files)
+
+
+class Progress:
+    """What the stages have found so far, kept in ``checkpoint/progress.json``, so that a resumed run skips them.
+
+    Without ``--resume`` the stages from the first one asked for start anew: what they left in the folder is removed.
+
+    Args:
+        plan: The stages.
+        args: The flags.
+        accelerator: The engine; its main process writes.
+        began: ``time.monotonic()`` when this process began.
+
+    Attributes:
+        found: Results by name.
+    """
+
+    def __init__(self, plan: Plan, args: argparse.Namespace, accelerator: Accelerator, began: float) -> None:
+        self.plan, self.args, self.accelerator, self.began = plan, args, accelerator, began
+        self.path = args.output / "checkpoint" / "progress.json"
+        self.found: dict[str, Any] = {"stages": {}}
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        first = min(map(plan.stages.index, args.stages))
+        anew = () if args.resume else plan.stages[first:]
+        known = self.path.exists()
+        accelerator.wait_for_everyone()
+        if known and (args.resume or first > 0):
+            self._same(json.loads((args.output / "config.json").read_text(encoding="utf-8")), config, anew)
+            self.found = json.loads(self.path.read_text(encoding="utf-8"))
+        for stage in plan.stages[:first]:
+            if stage not in self.found["stages"]:
+                raise SystemExit(f"--stages: {args.stages} need what {stage!r} leaves in {args.output}; run it first")
+        for stage in anew:
+            for name in plan.results[stage]:
+                self.found.pop(name, None)
+            self.found["stages"].pop(stage, None)
+        self.before = self.found.get("seconds", 0.0)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            # Only in a folder that is known to be a run's: files of the same names elsewhere are not ours.
+            for pattern in ("checkpoint/.*", *(each for stage in anew for each in plan.files[stage])) if known else ():
+                for file in args.output.glob(pattern):
+                    file.unlink()
+            args.output.mkdir(parents=True, exist_ok=True)
+            write_json(args.output / "config.json", config)
+            write_json(self.path, self.found)
+        accelerator.wait_for_everyone()
+
+    def _same(self, before: Mapping[str, Any], now: Mapping[str, Any], anew: Sequence[str]) -> None:
+        free = {*self.plan.free, *(name for stage in anew for name in self.plan.own.get(stage, ()))}
+        changed = [key for key in now if key not in free and before.get(key) != now[key]]
+        if changed:
+            differences = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise SystemExit(
+                f"--output: {self.args.output} holds a run with other flags: {differences}; give the same flags, take "
+                "another --output, or start anew with all --stages and without --resume"
+            )
+
+    def wants(self, stage: str, complete: bool = True) -> bool:
+        """Whether to run a stage now: it was asked for and has not run, or what it found is not ``complete``."""
+        return stage in self.args.stages and not (self.args.resume and stage in self.found["stages"] and complete)
+
+    def done(self, stage: str, results: dict[str, Any]) -> None:
+        """Note a stage's results, and the seconds of this run with all that it resumed."""
+        self.found["stages"][stage] = {"history": results.pop("history", [])}
+        self.found["seconds"] = self.before + time.monotonic() - self.began
+        self.found.update(results)
+        if self.accelerator.is_main_process:
+            write_json(self.path, self.found)
+        self.accelerator.wait_for_everyone()
+
+    def metrics(self, method: str, packages: Sequence[str], **more: Any) -> dict[str, Any]:
+        """Put together ``metrics.json``: what every run says, and more."""
+        return {
+            "method": method,
+            "seed": self.args.seed,
+            "seconds": round(self.found.get("seconds", 0.0), 1),
+            "peak_memory_mb": round(peak_memory_mb(self.accelerator.device), 1),
+            "versions": versions(*packages),
+            "maps": self.found.get("maps", {}),
+            "pseudo_masks": {"train": self.found.get("pseudo_masks", {})},
+            "segmentation": self.found.get("segmentation", {}),
+            **more,
+        }

@@ -1,0 +1,86 @@
+"""The training loop of ``train_cpal.py`` and ``train_vpl.py``: epochs that a stopped run takes up bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from common import Crops, Shuffle, learning_rate, load_checkpoint, save_checkpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    crops: Crops,
+    loss_of: Losses,
+    epochs: int,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    modules: Mapping[str, nn.Module],
+) -> list[dict[str, float]]:
+    """Train ``model`` and save everything after each epoch; returns the history of the losses.
+
+    Args:
+        name: Of the checkpoint.
+        model: The network.
+        crops: What to train on.
+        loss_of: Takes the network, a batch and the epoch to the named parts of the loss, which are summed.
+        epochs: Their number.
+        args: The flags.
+        accelerator: The engine.
+        modules: What else is saved.
+    """
+    shuffle = Shuffle(len(crops), args.seed)
+    drop = len(crops) >= args.batch * accelerator.num_processes
+    loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
+    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, **modules}
+    if accelerator.scaler is not None:
+        saved["scaler"] = accelerator.scaler
+    path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
+    if args.resume and path.exists():
+        state = load_checkpoint(path)
+        if state["processes"] != accelerator.num_processes:
+            raise SystemExit(
+                f"--resume: {path} is of {state['processes']} processes and these are {accelerator.num_processes}, "
+                "which would change the batch; launch as many as before"
+            )
+        for key, part in saved.items():
+            part.load_state_dict(state[key])
+        history, first = state["history"], state["epoch"]
+    network, stepper, loader = accelerator.prepare(model, optimizer, loader)
+    total, step = epochs * len(loader), first * len(loader)
+    for epoch in range(first, epochs):
+        shuffle.epoch = crops.epoch = epoch
+        set_seed(args.seed + epoch, device_specific=True)  # an epoch's dropout is the same in a resumed run
+        network.train()
+        sums: dict[str, float] = {}
+        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not accelerator.is_main_process, leave=False):
+            for group in stepper.param_groups:
+                group["lr"] = args.lr * learning_rate(step, total)
+            with accelerator.autocast():
+                parts = loss_of(network, batch, epoch)
+            stepper.zero_grad()
+            accelerator.backward(torch.stack(list(parts.values())).sum())
+            stepper.step()
+            step += 1
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0.0) + value.item()
+        history.append({key: value / len(loader) for key, value in sums.items()})
+        if accelerator.is_main_process:
+            state = {key: part.state_dict() for key, part in saved.items()}
+            state |= {"epoch": epoch + 1, "history": history, "processes": accelerator.num_processes}
+            save_checkpoint(path, state)
+        accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
+        model.load_state_dict(load_checkpoint(path)["model"])
+    return history
