@@ -38,12 +38,14 @@ class Pictures(Dataset[Sample]):
     Attributes:
         classes: Names of the foreground classes.
         broken: What ``skip_broken`` left out: id and reason.
+        channels: Order in which colour channels are given out, to make another domain of the pictures.
     """
 
     def __init__(self, source: Scenes | VOCFolder, *, keep: int = 3000, skip_broken: bool = False) -> None:
         self.source, self.classes = source, source.classes
         self.held: dict[int, Sample] | None = {} if len(source) <= keep else None
         self.broken: dict[str, str] = {}
+        self.channels = [0, 1, 2]
         self.indices = list(range(len(source)))
         if skip_broken:
             self.indices = [index for index in self.indices if self._readable(index)]
@@ -69,7 +71,8 @@ class Pictures(Dataset[Sample]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._read(self.indices[index])
+        sample = self._read(self.indices[index])
+        return sample if self.channels == [0, 1, 2] else sample._replace(image=sample.image[self.channels])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -111,6 +114,8 @@ class Crops(Dataset[dict[str, Tensor]]):
         share: Smallest and largest share of the area.
         colour: Largest change, 0..1.
         masks: Gives a sample's mask ``[H, W]`` to crop along, for a segmentation network.
+        mean: What is subtracted from the colours in 0..1, ``[3, 1, 1]``.
+        std: What they are divided by then.
     """
 
     def __init__(
@@ -122,9 +127,11 @@ class Crops(Dataset[dict[str, Tensor]]):
         share: tuple[float, float] = (0.3, 1.0),
         colour: float = 0.3,
         masks: Callable[[Sample], Tensor] | None = None,
+        mean: Tensor = MEAN,
+        std: Tensor = STD,
     ) -> None:
         self.pictures, self.size, self.seed, self.share, self.colour = pictures, size, seed, share, colour
-        self.masks = masks
+        self.masks, self.mean, self.std = masks, mean, std
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -140,9 +147,9 @@ class Crops(Dataset[dict[str, Tensor]]):
         top, left = int((height - h + 1) * draw[2]), int((width - w + 1) * draw[3])
         window = (slice(top, top + h), slice(left, left + w))
         image = resize(sample.image[:, window[0], window[1]], (self.size, self.size))
-        image = self._recolour(image / 255, draw[5:])
+        image = (self._recolour(image / 255, draw[5:]) - self.mean) / self.std
         mirrored = draw[4] < 0.5
-        item = {"images": normalise(image.flip(-1) if mirrored else image), "labels": sample.labels}
+        item = {"images": image.flip(-1) if mirrored else image, "labels": sample.labels}
         if self.masks is not None:
             mask = self.masks(sample)[window].float()[None, None]
             mask = F.interpolate(mask, (self.size, self.size), mode="nearest-exact")[0, 0].long()

@@ -213,3 +213,42 @@ def _shown(found: Mapping[str, Any], pictures: Pictures, args: argparse.Namespac
             panels["pseudo mask"] = pseudo_mask(sample, args)
         tags = [tag for tag, present in zip(pictures.classes, sample.labels.tolist(), strict=True) if present]
         yield Picture(name, sample.image, sample.mask, panels, scores.get(name), tags)
+
+
+def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float]:
+    """Score masks that know nothing of the picture, which a network has to beat.
+
+    ``background`` is background everywhere; ``regions`` cuts a picture at random and gives each part a random class;
+    ``tag`` gives every pixel a true tag of the picture; ``disc`` puts that into a centred disc, in pictures that are
+    not square an ellipse, of the radius that is best on the tuning pictures.
+    """
+    classes, generator = len(test.classes), torch.Generator().manual_seed(0)
+
+    def score(pictures: Pictures, kind: str, radius: float = 0.0) -> float:
+        confusion = ConfusionMatrix(classes)
+        for sample in pictures:
+            if sample.mask is None:
+                continue
+            height, width = sample.mask.shape
+            y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+            mask = torch.zeros_like(sample.mask)
+            if kind == "regions":
+                centres = 2 * torch.rand(2, regions, 1, 1, generator=generator) - 1
+                owner = ((y - centres[0]).square() + (x - centres[1]).square()).argmin(0)
+                mask = torch.randint(classes + 1, (regions,), generator=generator)[owner].to(mask.dtype)
+            elif kind == "disc" and sample.labels.any():
+                tags = sample.labels.nonzero().flatten()
+                tag = tags[torch.randint(len(tags), (1,), generator=generator)] + 1
+                mask = torch.where(y.square() + x.square() < radius**2, tag.to(mask.dtype), mask)
+            confusion.update(mask, sample.mask)
+        return confusion.result().miou
+
+    tuned = {radius: score(tune, "disc", radius) for radius in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)}
+    radius = max(tuned, key=lambda key: tuned[key])
+    return {
+        "background": score(test, "background"),
+        "regions": score(test, "regions"),
+        "tag": score(test, "disc", 2.0),
+        "disc": score(test, "disc", radius),
+        "disc radius": radius,
+    }

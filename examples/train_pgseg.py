@@ -40,7 +40,8 @@ from common import (
     write_json,
 )
 from pgseg_data import Views, loader_of, nouns_of, open_views
-from pgseg_eval import Setting, diagnose, groups, panels, trivial, zero_shot
+from pgseg_eval import Setting, diagnose, groups, panels, zero_shot
+from pseudo_masks import trivial
 from tqdm import tqdm
 
 from protoseg.data.pairs import Broken

@@ -8,9 +8,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from protoseg import _checks
-from protoseg._numeric import full_precision
+from protoseg._numeric import full_precision, unit
 
-__all__ = ["affinity", "refine_by_affinity"]
+__all__ = ["affinity", "feature_attention", "refine_by_affinity"]
 
 
 def affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Tensor:
@@ -85,3 +85,30 @@ def _boxes(maps: Tensor, threshold: float) -> Tensor:
         for box in ndimage.find_objects(labelled):
             boxes[place][box] = True
     return torch.from_numpy(boxes).to(maps.device)
+
+
+def feature_attention(features: Tensor, temperature: float = 0.1) -> Tensor:
+    r"""Stand in for the attention of a network whose places do not attend to each other.
+
+    .. math:: D_{lm} = \mathrm{softmax}_m(\cos(f_l, f_m) / \tau)
+
+    Not in CLIP-ES or VPL, which use vision transformers; the temperature is a guess.
+
+    Args:
+        features: ``[B, E, h, w]``.
+        temperature: :math:`\tau` above 0.
+
+    Returns:
+        ``[B, h w, h w]``, rows of sum 1, for :func:`affinity`.
+
+    Raises:
+        ValueError: Wrong shape or a temperature that is not above 0.
+
+    Example:
+        >>> feature_attention(torch.ones(1, 3, 1, 2)).tolist()
+        [[[0.5, 0.5], [0.5, 0.5]]]
+    """
+    _checks.shape("feature_attention", "features", features, ("B", "E", "h", "w"))
+    _checks.positive("feature_attention", "temperature", temperature)
+    places = unit(full_precision(features).flatten(2).transpose(1, 2))
+    return (places @ places.transpose(1, 2) / temperature).softmax(-1)

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks, _clip_vit
-from protoseg._affinity import affinity, refine_by_affinity
+from protoseg import _checks, _clip_conv, _clip_resnet, _clip_vit
+from protoseg._affinity import affinity, feature_attention, refine_by_affinity
+from protoseg._clip_masks import Segmented, segment
 from protoseg._numeric import unit
 
-__all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "affinity", "refine_by_affinity"]
+__all__ = [
+    "BACKGROUND",
+    "TEMPLATES",
+    "Dense",
+    "FrozenCLIP",
+    "Segmented",
+    "affinity",
+    "feature_attention",
+    "refine_by_affinity",
+    "segment",
+]
 
 Pooling = Literal["patches", "token"]
 # Sentences that a class's name is put into; the first is that of CLIP-ES.
@@ -32,14 +44,18 @@ class Dense(NamedTuple):
     """What :meth:`FrozenCLIP.encode` returns.
 
     Attributes:
-        features: ``[B, E, h, w]``, of every patch, in the space of the texts; of any length.
+        features: ``[B, E, h, w]``, of every patch, in the space of the texts; of any length. Of a ResNet, a patch is
+            a place of the last stage, which the attention pool's value and output projections bring there (MaskCLIP).
         pooled: ``[B, E]``, of the whole picture, of unit length.
         attention: ``[B, h w, h w]``, of patches on patches, mean over heads and blocks; None where not asked for.
+        layers: ``[B, W, h, w]`` of each block that was asked for, what it puts out at the patches; of a ResNet's four
+            stages, each with a width and a size of its own.
     """
 
     features: Tensor
     pooled: Tensor
     attention: Tensor | None
+    layers: tuple[Tensor, ...] = ()
 
 
 class FrozenCLIP(nn.Module):
@@ -49,7 +65,7 @@ class FrozenCLIP(nn.Module):
     it stays in evaluation mode.
 
     Args:
-        model: An open_clip model with one of its own vision transformers.
+        model: An open_clip model with one of its own vision transformers or ResNets.
         tokenizer: Its tokenizer, texts to ``[n, T]``.
         mean: Of the model's normalisation, red, green and blue.
         std: Likewise.
@@ -81,7 +97,7 @@ class FrozenCLIP(nn.Module):
         super().__init__()
         self.model: Any = model.eval().requires_grad_(False)
         self.visual: Any = self.model.visual
-        _clip_vit.check(self.visual)
+        _tower(self.visual)  # refuses what it does not know
         self.tokenizer, self.mean, self.std = tokenizer, tuple(mean), tuple(std)
         self._texts: dict[str, Tensor] = {}
 
@@ -92,7 +108,7 @@ class FrozenCLIP(nn.Module):
         """Make one of open_clip's models.
 
         Args:
-            name: Such as ``"ViT-B-16"``.
+            name: Such as ``"ViT-B-16"`` or ``"RN50"``.
             pretrained: A tag such as ``"openai"``, which is downloaded, or the path of a checkpoint; random weights
                 where not given.
             device: Where to.
@@ -100,7 +116,8 @@ class FrozenCLIP(nn.Module):
 
         Raises:
             ImportError: open_clip is not installed.
-            ValueError: There is no such model or tag; the message lists near ones.
+            ValueError: There is no such model or tag, where the message lists near ones; or its vision network is of
+                another kind.
         """
         try:
             import open_clip
@@ -125,12 +142,27 @@ class FrozenCLIP(nn.Module):
         """The temperature that the model was trained with: what its cosines are divided by."""
         return 1 / float(self.model.logit_scale.exp())
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks, or stages of a convolutional network, :meth:`encode` knows."""
+        return len(_tower(self.visual).blocks(self.visual))
+
+    @property
+    def attends(self) -> bool:
+        """Whether patches attend to each other, as those of a vision transformer do."""
+        return _tower(self.visual) is _clip_vit
+
+    @property
+    def _weight(self) -> Tensor:
+        """The first weight: pictures go to its device in its precision."""
+        return next(part.weight for part in self.visual.modules() if isinstance(part, nn.Conv2d))
+
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stay in evaluation mode."""
         return super().train(False)
 
     def prepare(self, image: Tensor, short_side: int | None = None) -> Tensor:
-        """Resize a picture so that its sides are multiples of a patch, and normalise it.
+        """Resize a picture so that its sides are multiples of a patch (32 pixels of a ResNet), and normalise it.
 
         Args:
             image: ``[3, H, W]`` uint8, RGB.
@@ -146,8 +178,8 @@ class FrozenCLIP(nn.Module):
         _checks.shape("FrozenCLIP.prepare", "image", image, (3, "H", "W"))
         if image.dtype != torch.uint8:
             raise TypeError(f"FrozenCLIP.prepare: image must be uint8 in 0..255, got {image.dtype}")
-        weight = self.visual.conv1.weight
-        patch = weight.shape[-1]
+        weight = self._weight
+        patch = _tower(self.visual).patch(self.visual)
         scale = (short_side or min(image.shape[-2:])) / min(image.shape[-2:])
         sides = [round(side * scale / patch) * patch for side in image.shape[-2:]]
         if min(sides) < patch:
@@ -191,12 +223,16 @@ class FrozenCLIP(nn.Module):
         return unit(torch.stack(rows))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, attentions: int = 0, pooling: Pooling = "token") -> Dense:
+    def encode(
+        self, images: Tensor, *, attentions: int = 0, layers: Sequence[int] = (), pooling: Pooling = "token"
+    ) -> Dense:
         """Encode pictures of any size.
 
         Args:
             images: ``[B, 3, H, W]``, normalised, sides multiples of the patch, as :meth:`prepare` makes them.
-            attentions: Of how many of the last blocks the attention is wanted; 8 in CLIP-ES.
+            attentions: Of how many of the last blocks the attention is wanted; 8 in CLIP-ES, 0 of a ResNet.
+            layers: Of which blocks the output is wanted, counted from 0, or from the end where negative; of a ResNet,
+                of which of its four stages.
             pooling: What stands for the whole picture: ``"token"``, the model's own pooling; ``"patches"``, the mean
                 of the patch features, as in CLIP-ES.
 
@@ -206,12 +242,19 @@ class FrozenCLIP(nn.Module):
         Raises:
             ValueError: Wrong shape, sides that are no multiples of the patch, or an option out of range.
         """
-        self._check("FrozenCLIP.encode", images, pooling, attentions)
-        with _clip_vit.watch(self.visual, leaf=False, attentions=attentions) as watched:
-            tokens, grid = self._tokens(images)
-        features, whole = self._embedding(tokens, pooling)
+        tower, grid = self._check("FrozenCLIP.encode", images, pooling)
+        count = len(tower.blocks(self.visual))
+        if wrong := [each for each in layers if not -count <= each < count]:
+            raise ValueError(
+                f"FrozenCLIP.encode: layers must lie between {-count} and {count - 1}, as the model has {count}, got "
+                f"{wrong[0]}"
+            )
+        numbers = [each % count for each in layers]
+        with tower.watch(self.visual, attentions=attentions, layers=numbers) as watched:
+            features, whole = self._embed(images, grid, pooling)
         attention = None if watched.attention is None else watched.attention[:, 1:, 1:]
-        return Dense(features.transpose(1, 2).reshape(len(images), -1, *grid), whole, attention)
+        kept = tuple(tower.spatial(watched.layers[number].float(), grid) for number in numbers)
+        return Dense(features, whole, attention, kept)
 
     def grad_cam(
         self,
@@ -222,7 +265,7 @@ class FrozenCLIP(nn.Module):
         *,
         pooling: Pooling = "patches",
     ) -> Tensor:
-        r"""Grad-CAM of each class on the tokens before the last block's attention (CLIP-ES).
+        r"""Grad-CAM of each class on the tokens before the last block's attention (CLIP-ES), or a ResNet's last map.
 
         With :math:`p = \mathrm{softmax}(\langle x, v \rangle / \tau)` over classes and background, tokens :math:`A_l`,
         and :math:`w_c` the mean over patches of :math:`\partial \log \tfrac{p_c}{1 - p_c} / \partial A_l`,
@@ -233,11 +276,15 @@ class FrozenCLIP(nn.Module):
         same map up to its scale, but 0 where the model is sure of the class, as float32 then cannot tell :math:`p_c`
         from 1.
 
+        Only what follows the tokens is differentiated, once for each class that a picture has: pictures do not meet in
+        the network, so that each may ask for a class of its own, and a batch takes as many passes as the picture with
+        the most labels.
+
         Args:
             images: ``[B, 3, H, W]``, as of :meth:`encode`.
             prototypes: ``[C, E]``, of texts or learnt, of unit length.
             background: ``[K, E]``, what takes part in the softmax without a map.
-            labels: ``[B, C]``; classes that no picture has are skipped, and maps of absent ones are 0.
+            labels: ``[B, C]``; maps of absent classes are 0, and take no time.
             pooling: As of :meth:`encode`.
 
         Returns:
@@ -247,42 +294,44 @@ class FrozenCLIP(nn.Module):
             ValueError: Wrong shapes, sides that are no multiples of the patch.
         """
         me = "FrozenCLIP.grad_cam"
-        self._check(me, images, pooling, 0)
-        width = self.visual.proj.shape[1] if self.visual.proj is not None else self.visual.ln_post.weight.shape[0]
+        tower, grid = self._check(me, images, pooling)
+        width = tower.width(self.visual)
         _checks.shape(me, "prototypes", prototypes, ("C", width))
         every = prototypes.detach()
         if background is not None:
             _checks.shape(me, "background", background, ("K", width))
             every = torch.cat([every, background.detach().to(every)])
+        present = torch.ones(len(images), len(prototypes), dtype=torch.bool, device=images.device)
         if labels is not None:
-            _checks.shape(me, "labels", labels, (len(images), len(prototypes)), "one row per picture")
+            _checks.shape(me, "labels", labels, present.shape, "one row per picture")
             _checks.multi_hot(me, "labels", labels)
-        with torch.enable_grad(), _clip_vit.watch(self.visual, leaf=True, attentions=0) as watched:
-            tokens, grid = self._tokens(images)
-            _, whole = self._embedding(tokens, pooling)
+            present = (labels != 0).to(images.device)
+        with torch.enable_grad(), tower.watch(self.visual, leaf=True) as watched:
+            _, whole = self._embed(images.detach(), grid, pooling)
             logits = whole @ unit(every.to(whole)).T / self.temperature
         leaf = watched.leaf
         assert leaf is not None
-        maps = torch.zeros(len(images), len(prototypes), *grid, device=images.device)
-        wanted = [c for c in range(len(prototypes)) if labels is None or bool((labels[:, c] != 0).any())]
-        for place, c in enumerate(wanted):
+        found = tower.spatial(leaf.detach().float(), grid)
+        maps = torch.zeros(*present.shape, *grid, device=images.device)
+        rows = torch.arange(len(images), device=images.device)
+        most = max(present.sum(1).tolist(), default=0)
+        order = present.byte().argsort(dim=1, descending=True, stable=True)
+        for place, classes in enumerate(order.T[:most]):
             with torch.enable_grad():
-                odds = logits[:, c]
+                odds = logits[rows, classes]
                 if len(every) > 1:
-                    odds = odds - torch.cat([logits[:, :c], logits[:, c + 1 :]], 1).logsumexp(1)
-            (slope,) = torch.autograd.grad(odds.sum(), leaf, retain_graph=place + 1 < len(wanted))
-            weights = slope[:, 1:].float().mean(1, keepdim=True)
-            maps[:, c] = (leaf.detach()[:, 1:].float() * weights).sum(-1).relu().reshape(-1, *grid)
-        return maps if labels is None else maps * (labels != 0).to(maps)[:, :, None, None]
+                    odds = odds - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1)
+                (slope,) = torch.autograd.grad(odds.sum(), leaf, retain_graph=place + 1 < most)
+            weights = tower.spatial(slope.float(), grid).mean((-2, -1))
+            maps[rows, classes] = torch.einsum("bdhw,bd->bhw", found, weights).relu()
+        return maps.masked_fill_(~present[:, :, None, None], 0)
 
-    def _tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        tokens, grid = _clip_vit.embed(self.visual, images.to(self.visual.conv1.weight.dtype))
-        return self.visual.transformer(tokens), grid
-
-    def _embedding(self, tokens: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
-        """Features of the patches ``[B, L, E]``, and unit ones of the whole pictures ``[B, E]``, in float32."""
-        features = _clip_vit.project(self.visual, tokens)[:, 1:].float()
-        whole = features.mean(1) if pooling == "patches" else _clip_vit.pooled(self.visual, tokens).float()
+    def _embed(self, images: Tensor, grid: _clip_vit.Grid, pooling: Pooling) -> tuple[Tensor, Tensor]:
+        """Features of the patches ``[B, E, h, w]``, and unit ones of the whole pictures ``[B, E]``, in float32."""
+        tower = _tower(self.visual)
+        last = tower.run(self.visual, images.to(self._weight.dtype))
+        features = tower.spatial(tower.project(self.visual, last), grid).float()
+        whole = features.mean((-2, -1)) if pooling == "patches" else tower.pooled(self.visual, last).float()
         return features, unit(whole)
 
     def _encode_texts(self, texts: Sequence[str]) -> None:
@@ -295,23 +344,51 @@ class FrozenCLIP(nn.Module):
                 if (needed := len(encode(text)) + 2) > length:
                     me = "FrozenCLIP.text_prototypes"
                     raise ValueError(f"{me}: the model reads {length} tokens, and {text!r} has {needed}; shorten it")
-        device = self.visual.conv1.weight.device
+        device = self._weight.device
         for first in range(0, len(new), 256):
             part = new[first : first + 256]
             found = unit(self.model.encode_text(self.tokenizer(part).to(device)).float())
             self._texts.update(zip(part, found, strict=True))
 
-    def _check(self, me: str, images: Tensor, pooling: str, attentions: int) -> None:
+    def _check(self, me: str, images: Tensor, pooling: str) -> tuple[_Tower, _clip_vit.Grid]:
+        """How to treat the network, and the patches of a picture's sides."""
         _checks.shape(me, "images", images, ("B", 3, "H", "W"))
         _checks.choice(me, "pooling", pooling, get_args(Pooling))
-        patch, blocks = self.visual.conv1.weight.shape[-1], len(self.visual.transformer.resblocks)
-        if min(images.shape[-2:]) < patch or images.shape[-2] % patch or images.shape[-1] % patch:
+        tower, (height, width) = _tower(self.visual), images.shape[-2:]
+        patch = tower.patch(self.visual)
+        if min(height, width) < patch or height % patch or width % patch:
             raise ValueError(
                 f"{me}: the sides of images must be multiples of the patch's {patch} pixels, got "
-                f"{tuple(images.shape[-2:])}; prepare(image) sees to it"
+                f"{(height, width)}; prepare(image) sees to it"
             )
-        if not 0 <= attentions <= blocks:
-            raise ValueError(f"{me}: attentions must lie between 0 and the model's {blocks} blocks, got {attentions}")
+        return tower, (height // patch, width // patch)
+
+
+class _Tower(Protocol):
+    """What :mod:`protoseg._clip_vit` and :mod:`protoseg._clip_resnet` know of a kind of network; described there."""
+
+    def knows(self, visual: Any) -> bool: ...
+    def patch(self, visual: Any) -> int: ...
+    def width(self, visual: Any) -> int: ...
+    def blocks(self, visual: Any) -> list[nn.Module]: ...
+    def run(self, visual: Any, images: Tensor) -> Tensor: ...
+    def spatial(self, caught: Tensor, grid: _clip_vit.Grid, /) -> Tensor: ...
+    def project(self, visual: Any, last: Tensor, /) -> Tensor: ...
+    def pooled(self, visual: Any, last: Tensor, /) -> Tensor: ...
+    def watch(
+        self, visual: Any, *, leaf: bool = ..., attentions: int = ..., layers: Sequence[int] = ...
+    ) -> AbstractContextManager[_clip_vit.Watched]: ...
+
+
+def _tower(visual: Any) -> _Tower:
+    towers: tuple[_Tower, ...] = (_clip_vit, _clip_resnet, _clip_conv)
+    for tower in towers:
+        if tower.knows(visual):
+            return tower
+    raise ValueError(
+        "FrozenCLIP: only open_clip's vision transformers, ResNets and ConvNeXts are known, such as ViT-B-16, RN50 and "
+        f"convnext_base; this network is a {type(visual).__name__}"
+    )
 
 
 def _near(name: str, names: Sequence[str]) -> str:

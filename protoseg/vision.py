@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from protoseg import _checks
 from protoseg._distributed import world_size
-from protoseg._numeric import full_precision, unit
+from protoseg._numeric import block_size, full_precision, unit
 from protoseg._regional import RegionalSemanticContrast, RegionContrast
 
 __all__ = ["Fit", "RegionContrast", "RegionalSemanticContrast", "VisionPrototypeLearner", "VisionPrototypes"]
-
-_CHUNK = 2**15  # images at a time: two tables of images and classes, and no copy of all features
 
 
 class VisionPrototypes(NamedTuple):
@@ -175,9 +173,12 @@ class VisionPrototypeLearner(nn.Module):
         """
         self._check(features, labels)
         with torch.autocast(features.device.type, enabled=False):
-            target = torch.cat([self._target(part, tags) for part, tags in self._chunks(features, labels)])
+            target = self.text.new_empty(len(features), len(self.text))
+            for some in _slices(features, target.device):
+                tags = None if labels is None else labels[some].to(target.device)
+                target[some] = self._target(features[some].to(target.device), tags)
             if self.balance:
-                target = _sinkhorn(target, labels, self.balance)
+                _sinkhorn(target, labels, self.balance)
             images = int(_summed((target > 0).any(-1).sum()))
             if images == 0:
                 raise ValueError(f"{type(self).__name__}: no image has a tag; without labels all images count")
@@ -205,11 +206,6 @@ class VisionPrototypeLearner(nn.Module):
         # Of an image without tags the softmax is 0 / 0.
         return logits.masked_fill(absent, -torch.inf).softmax(-1).masked_fill(absent, 0.0)
 
-    def _chunks(self, features: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for first in range(0, len(features), _CHUNK):
-            tags = None if labels is None else labels[first : first + _CHUNK].to(self.text.device)
-            yield features[first : first + _CHUNK].to(self.text.device), tags
-
     def _check(self, features: Tensor, labels: Tensor | None) -> None:
         me = type(self).__name__
         classes, dim = self.text.shape
@@ -218,9 +214,10 @@ class VisionPrototypeLearner(nn.Module):
         _checks.not_empty(me, "features", features)
         if labels is not None:
             _checks.shape(me, "labels", labels, (len(features), classes), "one row per picture, one column per class")
-            _checks.multi_hot(me, "labels", labels)
-        for part, _ in self._chunks(features.detach(), None):
-            off = (part.float().norm(dim=-1) - 1).abs().max()
+        for some in _slices(features, features.device):
+            if labels is not None:
+                _checks.multi_hot(me, "labels", labels[some])
+            off = (features[some].detach().float().norm(dim=-1) - 1).abs().max()
             if not bool(off < 1e-2):  # also of NaN
                 raise ValueError(
                     f"{me}: features must be of unit length, and one is off by {float(off):.3g}; "
@@ -234,7 +231,8 @@ class _Objective:
     def __init__(self, learner: VisionPrototypeLearner, features: Tensor, target: Tensor, images: int) -> None:
         self.learner, self.features, self.target, self.images = learner, features, target, images
         self.entropy = sum(
-            float(torch.special.entr(part).sum(dtype=torch.float64)) for part in torch.split(target, _CHUNK)
+            float(torch.special.entr(target[some]).sum(dtype=torch.float64))
+            for some in _slices(features, target.device)
         )
         self.calls = 0
 
@@ -246,11 +244,10 @@ class _Objective:
         total = torch.zeros(prototypes.numel() + 1, dtype=torch.float64, device=vision.device)
         slope = total[1:].view_as(prototypes)
         total[0] -= self.entropy
-        for (part, _), target in zip(
-            self.learner._chunks(self.features, None), torch.split(self.target, _CHUNK), strict=True
-        ):
-            part = part.to(prototypes.dtype)
-            log_q = (part @ prototypes.T / temperature).log_softmax(-1)
+        scaled = prototypes.T / temperature
+        for some in _slices(self.features, vision.device):
+            part, target = self.features[some].to(prototypes), self.target[some]
+            log_q = (part @ scaled).log_softmax(-1)
             total[0] -= (target * log_q).sum(dtype=torch.float64)
             # Images without tags pull at nothing.
             off = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
@@ -292,17 +289,23 @@ def _summed(value: Tensor) -> Tensor:
     return value
 
 
-def _sinkhorn(target: Tensor, labels: Tensor | None, rounds: int) -> Tensor:
-    """Scale columns to the classes' fair shares and rows to 1, in turn."""
-    rows = (target > 0).any(-1, keepdim=True).to(target.dtype)
-    if labels is None:
-        share = rows.expand_as(target) / target.shape[1]
-    else:
-        tags = labels.to(target)
-        share = tags / tags.sum(-1, keepdim=True).clamp_min(1)
-    wanted = _summed(share.sum(0, dtype=torch.float64))
+def _sinkhorn(target: Tensor, labels: Tensor | None, rounds: int) -> None:
+    """Scale columns to the classes' fair shares and rows to 1, in turn and in place."""
+    parts = list(_slices(target, target.device))
+    wanted = torch.zeros(target.shape[1], dtype=torch.float64, device=target.device)
+    for some in parts:
+        fair = torch.ones_like(target[some]) if labels is None else labels[some].to(target)
+        wanted += (fair / fair.sum(-1, keepdim=True).clamp_min(1)).sum(0, dtype=torch.float64)
+    wanted = _summed(wanted)
     for _ in range(rounds):
-        column = _summed(target.sum(0, dtype=torch.float64))
-        target = target * (wanted / column.clamp_min(1e-30)).to(target.dtype)
-        target = target / target.sum(-1, keepdim=True).clamp_min(1e-30)
-    return target
+        column = _summed(sum((target[some].sum(0, dtype=torch.float64) for some in parts), torch.zeros_like(wanted)))
+        scale = (wanted / column.clamp_min(1e-30)).to(target.dtype)
+        for some in parts:
+            part = target[some].mul_(scale)
+            part /= part.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def _slices(table: Tensor, device: torch.device) -> Iterator[slice]:
+    """Rows at a time for work on ``device``: in the CPU's cache, elsewhere few launches and no copy of all rows."""
+    step = max(1, min(block_size(device), 2**24) // table.shape[1])
+    return (slice(first, first + step) for first in range(0, len(table), step))

@@ -112,3 +112,20 @@ def test_accuracy_of_pgseg_runs_what_is_missing_and_shows_means(tmp_path: Path) 
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     again = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.json")}
     assert again == runs
+
+
+def test_speed_of_grad_cam_measures_every_way_and_all_make_the_same_maps(tmp_path: Path) -> None:
+    for package in ("open_clip", "pytorch_grad_cam"):
+        pytest.importorskip(package, reason=f"the speed benchmark of CLIP needs {package}")
+    command = [sys.executable, "-W", "error", str(SPEED.with_name("speed_clip.py")), "--quick", "--threads", "1"]
+    subprocess.run([*command, "--output", str(tmp_path / "out")], check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((tmp_path / "out" / "speed-clip.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "out" / "speed-clip.md").read_text(encoding="utf-8")
+    assert max(found["largest_difference"].values()) < 1e-3
+    assert len(found["calls"]) == 4
+    for row in [*found["calls"], *found["ratios"]]:
+        assert 0 < row["q1"] <= row["median"] <= row["q3"]
+        assert f"| {row['what']} | " in page
+    assert all(one["peak_bytes"] > 0 for one in found["calls"])
+    assert str(tmp_path) not in page + json.dumps(found)
+    assert str(SPEED.parents[1]) not in page + json.dumps(found)

@@ -58,16 +58,13 @@ def test_another_size_interpolates_the_position(clip: FrozenCLIP) -> None:
     features = clip.encode(torch.randn(1, 3, 48, 24)).features
     assert features.shape == (1, 32, 6, 3)
     known = clip.visual.positional_embedding
-    assert torch.equal(_clip_vit.position(clip.visual, (4, 4)), known)
-    wide = _clip_vit.position(clip.visual, (8, 8))
+    assert torch.equal(_clip_vit.position(known, (4, 4), (4, 4)), known)
+    wide = _clip_vit.position(known, (4, 4), (8, 8))
     assert torch.equal(wide[0], known[0])
     torch.testing.assert_close(wide[1:].mean(0), known[1:].mean(0), rtol=0, atol=0.02)
     # Of a position that rises along x, the interpolation rises along x.
-    with torch.no_grad():
-        slope = torch.arange(4.0).repeat(4)
-        other = make().visual
-        other.positional_embedding[1:] = slope[:, None]
-    rising = _clip_vit.position(other, (4, 8))[1:, 0].reshape(4, 8)
+    slope = torch.cat([torch.zeros(1), torch.arange(4.0).repeat(4)])
+    rising = _clip_vit.position(slope[:, None], (4, 4), (4, 8))[1:, 0].reshape(4, 8)
     assert (rising.diff(dim=1) > 0).all()
     assert torch.allclose(rising, rising[:1].expand(4, -1))
 
@@ -92,6 +89,22 @@ def test_attention_is_that_of_the_blocks(clip: FrozenCLIP) -> None:
     assert clip.encode(images).attention is None
 
 
+def test_layers_are_what_the_blocks_put_out(clip: FrozenCLIP) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = clip.visual.forward_intermediates(images)["image_intermediates"]
+    found = clip.encode(images, layers=[-1, 0, 2])
+    for each, number in zip(found.layers, (2, 0, 2), strict=True):
+        torch.testing.assert_close(each, wanted[number])
+    torch.testing.assert_close(found.features, clip.encode(images).features)
+    assert clip.encode(torch.randn(1, 3, 48, 24), layers=[1]).layers[0].shape == (1, 64, 6, 3)
+    assert clip.encode(images).layers == ()
+    assert hooks(clip.model) == 0
+    for wrong in (3, -4):
+        with pytest.raises(ValueError, match=f"layers must lie between -3 and 2, as the model has 3, got {wrong}"):
+            clip.encode(images, layers=[0, wrong])
+
+
 class Scores(nn.Module):
     """Probabilities of the classes by open_clip's own modules, for the grad-cam package."""
 
@@ -100,9 +113,7 @@ class Scores(nn.Module):
         self.visual, self.prototypes, self.pooling, self.scale = clip.visual, prototypes, pooling, 1 / clip.temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens, _ = _clip_vit.embed(self.visual, images)
-        tokens = self.visual.transformer(tokens)
-        tokens = self.visual.ln_post(tokens) @ self.visual.proj
+        tokens = self.visual.ln_post(_clip_vit.run(self.visual, images)) @ self.visual.proj
         whole = tokens[:, 1:].mean(1) if self.pooling == "patches" else tokens[:, 0]
         return (self.scale * nn.functional.normalize(whole, dim=-1) @ self.prototypes.T).softmax(-1)
 
@@ -137,6 +148,22 @@ def test_grad_cam_is_the_packages(clip: FrozenCLIP, pooling: Any) -> None:
         clip.zero_grad(set_to_none=True)
 
 
+def test_classes_and_pictures_together_are_each_by_itself(clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, classes = torch.randn(3, 3, 32, 48), nn.functional.normalize(torch.randn(6, 32), dim=-1)
+    tags = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1]])
+    wanted = torch.zeros(3, 6, 4, 6)
+    for row, c in tags.nonzero().tolist():
+        others = torch.cat([classes[:c], classes[c + 1 :]])
+        wanted[row, c] = clip.grad_cam(images[row : row + 1], classes[c : c + 1], others)[0, 0]
+    passes: list[Any] = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (passes.append(1), real(*args, **kwargs))[1])
+    found = clip.grad_cam(images.requires_grad_(), classes, labels=tags)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * float(wanted.max()))
+    assert len(passes) == 2, "as many as the picture with the most labels has"
+    assert images.grad is None
+
+
 def test_grad_cam_by_hand_is_finite_where_the_probability_is_one(clip: FrozenCLIP) -> None:
     images = torch.randn(1, 3, 32, 32)
     whole = clip.encode(images, pooling="patches").pooled
@@ -157,9 +184,10 @@ def test_grad_cam_by_hand_is_finite_where_the_probability_is_one(clip: FrozenCLI
 def test_absent_classes_have_no_map_and_one_class_alone_has_one(clip: FrozenCLIP) -> None:
     images, classes = torch.randn(2, 3, 32, 32), clip.text_prototypes(["cat", "dog", "sofa"])
     every = clip.grad_cam(images, classes)
-    tags = torch.tensor([[1, 0, 0], [0, 1, 0]])
+    tags = torch.tensor([[1, 0, 0], [0, 1, 1]])
     some = clip.grad_cam(images, classes, labels=tags)
     torch.testing.assert_close(some, every * tags[:, :, None, None])
+    assert (clip.grad_cam(images, classes, labels=torch.zeros(2, 3)) == 0).all()
     assert clip.grad_cam(images, classes[:1]).max() > 0
     assert not some.requires_grad
 
@@ -177,8 +205,8 @@ def test_nothing_is_left_on_the_model(clip: FrozenCLIP) -> None:
     assert hooks(clip.model) == 0
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in clip.parameters())
     assert not clip.train().training
-    with _clip_vit.watch(clip.visual, leaf=True, attentions=0) as watched:
-        clip._tokens(images)
+    with _clip_vit.watch(clip.visual, leaf=True) as watched:
+        _clip_vit.run(clip.visual, images)
     gone = weakref.ref(watched)
     del watched
     gc.collect()
@@ -246,8 +274,13 @@ def test_unknown_models_and_tags_list_near_ones() -> None:
         FrozenCLIP.load("ViT-B16")
     with pytest.raises(ValueError, match=r"'opneai' is neither a file nor a tag of ViT-B-16; near tags: .*openai"):
         FrozenCLIP.load("ViT-B-16", "opneai")
-    with pytest.raises(ValueError, match=r"only open_clip's own vision transformers are known"):
-        FrozenCLIP.load("RN50")
+    tower = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    other = open_clip.CLIP(32, {"timm_model_pretrained": False, **tower}, TEXT)
+    with pytest.raises(ValueError, match=r"vision transformers and ResNets are known, .*; this network is a TimmModel"):
+        FrozenCLIP(other, open_clip.SimpleTokenizer(context_length=20))
+    pooling = open_clip.CLIP(32, {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}, TEXT)
+    with pytest.raises(ValueError, match=r"a network with attentional pooling has no patch features"):
+        FrozenCLIP(pooling, open_clip.SimpleTokenizer(context_length=20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

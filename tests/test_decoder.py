@@ -14,7 +14,7 @@ from protoseg.models.decoder import FrozenDecoder, affinity_loss, balanced_cross
 
 def make() -> FrozenDecoder:
     torch.manual_seed(0)
-    return FrozenDecoder(width=12, layers=2, classes=3, embed_dim=8, dim=16, depth=2, heads=2)
+    return FrozenDecoder([12, 12], classes=3, embed_dim=8, dim=16, depth=2, heads=2)
 
 
 def test_shapes_gradients_and_symmetry() -> None:

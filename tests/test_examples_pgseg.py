@@ -55,7 +55,7 @@ def test_metrics_have_the_documented_form(tmp_path: Path) -> None:
         assert 0 <= metrics["prototypes"][f"{part} accepted"] <= 1
         assert -1 <= metrics["prototypes"][f"{part} prototype cosine"] <= 1
         assert 1 <= metrics["prototypes"][f"{part} prototypes in use"] <= 8
-    assert set(metrics["trivial"]) == {"background", "regions", "disc", "disc radius"}
+    assert set(metrics["trivial"]) == {"background", "regions", "tag", "disc", "disc radius"}
     masks = [mask for mask in (Scenes(4, seed=1, size=32)[index].mask for index in range(4)) if mask is not None]
     kept = torch.stack(masks)[torch.stack(masks) != 255]
     assert metrics["trivial"]["background"] == pytest.approx(float((kept == 0).double().mean()) / len(kept.unique()))

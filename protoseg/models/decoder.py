@@ -42,8 +42,7 @@ class FrozenDecoder(nn.Module):
     The paper states that there is a decoder on frozen features, not which; this follows WeCLIP's design.
 
     Args:
-        width: Channels of a feature.
-        layers: How many layers' features come in.
+        widths: Channels of each layer's features.
         classes: ``C``, without background.
         embed_dim: ``E``, of the prototypes.
         dim: Channels inside.
@@ -51,25 +50,25 @@ class FrozenDecoder(nn.Module):
         heads: Of each.
 
     Shape:
-        ``layers`` maps ``[B, width, h, w]`` to :class:`Decoded`.
+        A map ``[B, W, h, w]`` per layer to :class:`Decoded`, of the size of the first; the others are resized.
 
     Raises:
-        ValueError: Another number of maps, or of another shape.
+        ValueError: Another number of maps, or another number of channels.
 
     Example:
-        >>> decoder = FrozenDecoder(width=64, layers=2, classes=3, embed_dim=32, dim=16, depth=1, heads=2)
+        >>> decoder = FrozenDecoder([64, 64], classes=3, embed_dim=32, dim=16, depth=1, heads=2)
         >>> out = decoder([torch.randn(1, 64, 4, 6), torch.randn(1, 64, 4, 6)])
         >>> out.logits.shape, out.features.shape, out.affinity.shape
         (torch.Size([1, 4, 4, 6]), torch.Size([1, 32, 4, 6]), torch.Size([1, 24, 24]))
     """
 
     def __init__(
-        self, width: int, layers: int, classes: int, embed_dim: int, *, dim: int = 256, depth: int = 3, heads: int = 8
+        self, widths: Sequence[int], classes: int, embed_dim: int, *, dim: int = 256, depth: int = 3, heads: int = 8
     ) -> None:
         super().__init__()
-        self.width = width
-        self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for _ in range(layers))
-        self.fuse = nn.Sequential(nn.Linear(layers * dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.widths = tuple(widths)
+        self.enter = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for width in widths)
+        self.fuse = nn.Sequential(nn.Linear(len(self.widths) * dim, dim), nn.GELU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.classify, self.project = nn.Linear(dim, 1 + classes), nn.Linear(dim, embed_dim)
@@ -79,8 +78,8 @@ class FrozenDecoder(nn.Module):
         if len(maps) != len(self.enter):
             raise ValueError(f"FrozenDecoder: expected the features of {len(self.enter)} layers, got {len(maps)}")
         for place, each in enumerate(maps):
-            _checks.shape("FrozenDecoder", f"maps[{place}]", each, ("B", self.width, *maps[0].shape[-2:]))
-        tokens = [each.flatten(2).transpose(1, 2) for each in maps]
+            _checks.shape("FrozenDecoder", f"maps[{place}]", each, ("B", self.widths[place], "h", "w"))
+        tokens = [_resized(each, maps[0].shape[-2:]).flatten(2).transpose(1, 2) for each in maps]
         fused = self.fuse(torch.cat([enter(each) for enter, each in zip(self.enter, tokens, strict=True)], -1))
         mixed = fused
         for block in self.blocks:
@@ -146,6 +145,11 @@ def affinity_loss(affinity: Tensor, target: Tensor) -> Tensor:
     affinity = full_precision(affinity)
     each = F.binary_cross_entropy_with_logits(affinity, same.to(affinity.dtype), reduction="none")
     return _halves(each, pairs & same, pairs & ~same)
+
+
+def _resized(map_: Tensor, size: Sequence[int]) -> Tensor:
+    same = tuple(map_.shape[-2:]) == tuple(size)
+    return map_ if same else F.interpolate(map_, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _halves(values: Tensor, first: Tensor, second: Tensor) -> Tensor:

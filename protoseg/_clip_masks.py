@@ -1,0 +1,106 @@
+"""Masks of a picture from a frozen CLIP and prototypes, with tags or without."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoseg import _checks
+from protoseg._affinity import affinity, feature_attention, refine_by_affinity
+from protoseg._numeric import unit
+from protoseg.cam import normalize, to_mask
+
+if TYPE_CHECKING:
+    from protoseg.clip import FrozenCLIP, Pooling
+
+__all__ = ["Segmented", "segment"]
+
+
+class Segmented(NamedTuple):
+    """What :func:`segment` returns.
+
+    Attributes:
+        mask: ``[H, W]`` uint8, 0 = background, 1.. = the classes in the order of the prototypes.
+        maps: ``[C, H, W]`` in ``[0, 1]``, 0 for absent classes.
+        labels: ``[C]``, 1 = the class is taken to be in the picture.
+    """
+
+    mask: Tensor
+    maps: Tensor
+    labels: Tensor
+
+
+def segment(
+    clip: FrozenCLIP,
+    image: Tensor,
+    prototypes: Tensor,
+    background: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    threshold: float = 0.4,
+    presence: float = 0.1,
+    attentions: int = 8,
+    pooling: Pooling = "patches",
+    short_side: int | None = None,
+) -> Segmented:
+    r"""Give each pixel of a picture one of the classes that are in it, or background.
+
+    Grad-CAM of each present class (:meth:`FrozenCLIP.grad_cam`), divided by its maximum, refined by the affinity of
+    the last attentions (of the features, where a network has no attention), and divided by its maximum again; a pixel
+    takes the class with the largest value, background where that is below the threshold. Without tags a class is
+    present where
+
+    .. math:: \mathrm{softmax}_c(\langle x, v_c \rangle / \tau) \ge \mathrm{presence}
+
+    over classes and background. CLIP-ES (arXiv 2212.09506) and VPL (2412.19650) know the tags and state no threshold;
+    0.4 and 0.1 are ours, not tuned on real weights.
+
+    Args:
+        clip: The model.
+        image: ``[3, H, W]`` uint8, RGB.
+        prototypes: ``[C, E]``, of texts or learnt.
+        background: ``[K, E]``, of what else pictures show; recommended.
+        labels: ``[C]``, 1 = the class is in the picture; found by the model where not given.
+        threshold: In ``[0, 1]``.
+        presence: In ``[0, 1]``, least probability of a class that is present.
+        attentions: Of how many of the last blocks the affinity is made, at most all of them; 0 leaves it out.
+        pooling: What stands for the whole picture, as of :meth:`FrozenCLIP.encode`.
+        short_side: Length of the shorter side in pixels that the model sees; the picture's own where not given.
+
+    Returns:
+        :class:`Segmented`.
+
+    Raises:
+        ValueError: Wrong shapes, or a number out of range.
+        TypeError: The picture is not uint8.
+
+    Example:
+        >>> import open_clip
+        >>> from protoseg.clip import FrozenCLIP
+        >>> sizes = dict(width=64, layers=2)
+        >>> model = open_clip.CLIP(32, dict(image_size=32, patch_size=8, **sizes), dict(heads=2, **sizes))
+        >>> clip = FrozenCLIP(model, open_clip.get_tokenizer("ViT-B-16"))
+        >>> image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+        >>> found = segment(clip, image, clip.text_prototypes(["cat", "dog"]), clip.text_prototypes(["sky"]))
+        >>> found.mask.shape, found.maps.shape
+        (torch.Size([40, 60]), torch.Size([2, 40, 60]))
+    """
+    _checks.unit_interval("segment", "threshold", threshold)
+    _checks.unit_interval("segment", "presence", presence)
+    pixels = clip.prepare(image, short_side)
+    seen = clip.encode(pixels, attentions=min(attentions, clip.blocks) if clip.attends else 0, pooling=pooling)
+    if labels is None:
+        every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
+        probability = (seen.pooled @ unit(every.to(seen.pooled)).T / clip.temperature).softmax(-1)
+        labels = (probability[0, : len(prototypes)] >= presence).to(pixels.dtype)
+    _checks.shape("segment", "labels", labels, (len(prototypes),), "one number per prototype")
+    labels = labels.to(pixels.device)
+    maps = normalize(clip.grad_cam(pixels, prototypes, background, labels[None], pooling=pooling))
+    if attentions:
+        attention = feature_attention(seen.features) if seen.attention is None else seen.attention
+        maps = normalize(refine_by_affinity(maps, affinity(attention)))
+    maps = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
+    return Segmented(to_mask(maps, labels, threshold).to(torch.uint8), maps, labels)
