@@ -35,14 +35,15 @@ class Variant(NamedTuple):
     base: str | None = None
 
 
+ONLY_MAPS = ["--stages", "prototypes", "seeds"]
 CLEAN, NOISY = "as CLIP knows them", ["--seed-map", "text", "--refine", "none"]
 VARIANTS: dict[str, dict[str, Variant]] = {
     "maps": {CLEAN: Variant([]), "colours permuted": Variant(["--shift", "channels"])},
     "prompts": {
-        "no background prompts": Variant(["--no-background"]),
-        "without tags": Variant(["--no-fit-tags"]),
-        "vision temperature as text": Variant(["--ratio", "1"]),
-        "vision temperature four times": Variant(["--ratio", "4"]),
+        "no background prompts": Variant(["--no-background", *ONLY_MAPS]),
+        "without tags": Variant(["--no-fit-tags", *ONLY_MAPS]),
+        "vision temperature as text": Variant(["--ratio", "1", *ONLY_MAPS]),
+        "vision temperature four times": Variant(["--ratio", "4", *ONLY_MAPS]),
     },
 }
 # Each with regional contrast and without.
@@ -57,7 +58,7 @@ CONTRAST: dict[str, tuple[list[str], str | None]] = {
     "colours permuted": ([], "colours permuted"),
 }
 VARIANTS["contrast"] = {
-    f"{name}, {word}": Variant([*VARIANTS["maps"][base].flags if base else [], *flags, f"--{flag}"], base)
+    f"{name}, {word}": Variant([*(VARIANTS["maps"][base].flags if base else []), *flags, f"--{flag}"], base)
     for name, (flags, base) in CONTRAST.items()
     for word, flag in (("with", "rsc"), ("without", "no-rsc"))
 }
@@ -126,11 +127,11 @@ def summarise(folder: Path, sets: Sequence[str], seeds: Sequence[int]) -> dict[s
             for split in ("train", "eval"):
                 for key in MAPS:
                     entry[f"{key} {split}"] = spread(run["maps"][split][key]["miou"] for run in runs)
-                entry[f"segmentation {split}"] = spread(run["segmentation"][split]["miou"] for run in runs)
+                entry[f"segmentation {split}"] = spread(run["segmentation"].get(split, {}).get("miou") for run in runs)
                 for other in ("text", "text_centred"):
                     maps = [run["maps"][split] for run in runs]
                     entry[f"vision over {other} {split}"] = spread(m["vision"]["miou"] - m[other]["miou"] for m in maps)
-            entry["pseudo masks"] = spread(run["pseudo_masks"]["train"]["miou"] for run in runs)
+            entry["pseudo masks"] = spread(run["pseudo_masks"]["train"].get("miou") for run in runs)
             entry["seconds"] = spread(run["seconds"] for run in runs)
             summary[each][name] = entry
             summary["trivial"], summary["versions"] = runs[0]["trivial"], runs[0]["versions"]

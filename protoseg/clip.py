@@ -65,7 +65,7 @@ class FrozenCLIP(nn.Module):
     it stays in evaluation mode.
 
     Args:
-        model: An open_clip model with one of its own vision transformers or ResNets.
+        model: An open_clip model with one of its own vision transformers or ResNets, or a ConvNeXt.
         tokenizer: Its tokenizer, texts to ``[n, T]``.
         mean: Of the model's normalisation, red, green and blue.
         std: Likewise.

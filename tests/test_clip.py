@@ -276,7 +276,7 @@ def test_unknown_models_and_tags_list_near_ones() -> None:
         FrozenCLIP.load("ViT-B-16", "opneai")
     tower = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
     other = open_clip.CLIP(32, {"timm_model_pretrained": False, **tower}, TEXT)
-    with pytest.raises(ValueError, match=r"vision transformers and ResNets are known, .*; this network is a TimmModel"):
+    with pytest.raises(ValueError, match=r"ResNets and ConvNeXts are known, .*; this network is a TimmModel"):
         FrozenCLIP(other, open_clip.SimpleTokenizer(context_length=20))
     pooling = open_clip.CLIP(32, {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}, TEXT)
     with pytest.raises(ValueError, match=r"a network with attentional pooling has no patch features"):

@@ -33,6 +33,16 @@ def test_patches_keep_their_places() -> None:
     torch.testing.assert_close(turned.logits.flip(-1), decoder(maps).logits)  # it knows no positions
 
 
+def test_layers_of_other_widths_and_sizes_come_to_the_size_of_the_first() -> None:
+    torch.manual_seed(0)
+    decoder = FrozenDecoder([6, 12], classes=3, embed_dim=8, dim=16, depth=1, heads=2).eval()
+    fine, coarse = torch.randn(1, 6, 4, 6), torch.randn(1, 12, 2, 3)
+    out = decoder([fine, coarse])
+    assert out.logits.shape == (1, 4, 4, 6)
+    grown = torch.nn.functional.interpolate(coarse, (4, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(out.logits, decoder([fine, grown]).logits)
+
+
 def test_balanced_cross_entropy_by_hand() -> None:
     logits = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     target = torch.tensor([[[0, 0], [1, 255]], [[0, 2], [0, 0]]])
@@ -77,8 +87,8 @@ def test_bad_input() -> None:
     decoder = make()
     with pytest.raises(ValueError, match="expected the features of 2 layers, got 1"):
         decoder([torch.zeros(1, 12, 2, 2)])
-    with pytest.raises(ValueError, match=r"maps\[1\] must have shape \(B, 12, 2, 2\), got \(1, 12, 2, 3\)"):
-        decoder([torch.zeros(1, 12, 2, 2), torch.zeros(1, 12, 2, 3)])
+    with pytest.raises(ValueError, match=r"maps\[1\] must have shape \(B, 12, h, w\), got \(1, 11, 2, 2\)"):
+        decoder([torch.zeros(1, 12, 2, 2), torch.zeros(1, 11, 2, 2)])
     with pytest.raises(ValueError, match=r"target must have shape \(1, 2, 2\), got \(1, 3, 3\)"):
         balanced_cross_entropy(torch.zeros(1, 2, 2, 2), torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match=r"target must have shape \(1, 4\), got \(1, 3\)"):

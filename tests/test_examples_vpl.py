@@ -1,0 +1,239 @@
+"""The VPL trainer: what it writes, its options, other data, killed runs, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protoseg.data.scenes import Scenes
+from protoseg.data.voc import save_mask
+from tests.trainer import SETTINGS, assert_equal, common, findings, masks, miou, read
+
+pytest.importorskip("open_clip", reason="the extra clip is not installed")
+
+import small_clip
+import train_vpl
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_vpl.py"
+TINY = ["--device", "cpu", "--clip-scenes", "16", "--clip-steps", "3", "--clip-size", "32", "--size", "32"]
+TINY += ["--crop", "32", "--epochs", "2", "--batch", "8", "--train-scenes", "12", "--eval-scenes", "5"]
+TINY += ["--decoder-dim", "16", "--decoder-depth", "1"]
+MAPS = {"text", "text_centred", "vision", "vision_affinity"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(output: Path, cache: Path, *flags: str) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_vpl.main([*TINY, "--cache", str(cache), "--output", str(output), *flags])
+    finally:
+        torch.set_num_threads(threads)
+    return read(output)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A complete run; not to be changed."""
+    output = tmp_path_factory.mktemp("vpl")
+    run(output, cache)
+    return output
+
+
+def test_metrics_have_the_documented_form(finished: Path) -> None:
+    metrics, names = read(finished), ["background", *Scenes(1).classes]
+    for split in ("train", "eval"):
+        assert set(metrics["maps"][split]) == MAPS
+        for entry in metrics["maps"][split].values():
+            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free"}
+            assert 0 <= entry["miou_mask_free"] <= entry["miou"] <= 1
+            assert list(entry["per_class"]) == names
+    assert metrics["method"] == "with regional contrast"
+    assert metrics["prototypes"]["kl_end"] < metrics["prototypes"]["kl_start"]
+    assert set(metrics["trivial"]) == {"background", "regions", "tag", "disc", "disc radius"}
+    assert set(metrics["segmentation"]) == {"train", "eval"}
+    assert "VPL on scenes" in (finished / "report.html").read_text(encoding="utf-8")
+    history = json.loads((finished / "checkpoint" / "progress.json").read_text())["stages"]["segment"]["history"]
+    assert set(history[0]) == {"segment", "affinity", "contrast"}
+
+
+def test_final_masks_are_those_that_are_scored_and_hold_tags_only(finished: Path) -> None:
+    scenes, found = Scenes(12, seed=0, size=32), masks(finished / "masks")
+    assert set(found) == set(scenes.ids) == set(masks(finished / "pseudo_masks"))
+    truth = []
+    for index, name in enumerate(scenes.ids):
+        sample = scenes[index]
+        assert sample.mask is not None
+        truth.append(np.asarray(sample.mask))
+        assert set(np.unique(found[name])) <= {0, *(sample.labels.nonzero().flatten() + 1).tolist()}
+    score = read(finished)["segmentation"]["train"]["miou"]
+    assert score == pytest.approx(miou([found[name] for name in scenes.ids], truth, 8))
+
+
+def test_the_small_clip_is_trained_once_for_each_setting(
+    finished: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    real = small_clip.train
+    monkeypatch.setattr(small_clip, "train", lambda *args: trained.append(args[2].seed) or real(*args))
+    again = run(tmp_path / "again", cache)
+    assert trained == []
+    assert findings(again) == findings(read(finished))
+    run(tmp_path / "other", cache, "--seed", "1", "--stages", "prototypes")
+    assert trained == [1]
+
+
+def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Path, tmp_path: Path) -> None:
+    base = read(finished)
+    (tmp_path / "names.json").write_text('{"brell": ["brello"], "molu": ["mola", "molus"]}', encoding="utf-8")
+    only = ("--stages", "prototypes", "seeds")
+    for number, flags in enumerate(
+        [
+            ("--synonyms", str(tmp_path / "names.json")),
+            ("--prompts", "ensemble", "--templates", "a {}", "the {}"),
+            ("--no-background",),
+            ("--no-fit-tags",),
+            ("--ratio", "4"),
+            ("--shift", "channels"),
+        ]
+    ):
+        found = run(tmp_path / str(number), cache, *only, *flags)
+        assert findings(found)["maps"] != base["maps"], flags
+        assert found["segmentation"] == {}
+    shutil.copytree(finished, tmp_path / "plain")
+    plain = run(tmp_path / "plain", cache, "--stages", "segment", "--no-rsc")
+    assert plain["method"] == "without regional contrast"
+    assert plain["maps"] == base["maps"]
+    both = [common.load_checkpoint(each / "checkpoint" / "decoder.pt") for each in (tmp_path / "plain", finished)]
+    assert [set(each["history"][0]) for each in both] == [{"segment", "affinity"}, {"segment", "affinity", "contrast"}]
+    weights = [each["model"]["enter.0.1.weight"] for each in both]
+    assert not torch.equal(*weights)
+
+
+def test_permuted_colours_are_what_every_stage_sees() -> None:
+    scenes = Scenes(5, seed=0, size=96)
+    permuted = common.Pictures(scenes)
+    permuted.channels = [1, 2, 0]
+    assert torch.equal(permuted[3].image, scenes[3].image[[1, 2, 0]])
+    assert torch.equal(permuted[3].image, next(each for each in permuted if each.id == scenes.ids[3]).image)
+
+
+def test_a_folder_and_a_model_of_open_clips(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes, folder = Scenes(8, size=64), tmp_path / "voc"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    tags = ["id,labels"]
+    for index, name in enumerate(scenes.ids):
+        sample = scenes[index]
+        assert sample.mask is not None
+        image = sample.image[:, : 50 + index].permute(1, 2, 0).numpy()  # of several sizes
+        Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.png")
+        save_mask(folder / "SegmentationClass" / f"{name}.png", sample.mask[: 50 + index])
+        there = sample.labels.nonzero().flatten().tolist()
+        tags.append(f"{name},{' '.join(scenes.classes[each] for each in there)}")
+    (folder / "labels.csv").write_text("\n".join(tags), encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(("background", *scenes.classes)), encoding="utf-8")
+    lists = folder / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("\n".join(scenes.ids[:5]), encoding="utf-8")
+    (lists / "val.txt").write_text("\n".join(scenes.ids[5:]), encoding="utf-8")
+
+    import open_clip
+
+    from protoseg.clip import FrozenCLIP
+
+    text = {"context_length": 20, "width": 32, "heads": 1, "layers": 1}
+
+    def load(name: str, pretrained: str | None, **options: Any) -> FrozenCLIP:
+        assert (name, pretrained) == ("ViT-B-16", "openai")
+        torch.manual_seed(0)
+        model = open_clip.CLIP(16, {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4}, text)
+        return FrozenCLIP(model, open_clip.SimpleTokenizer(context_length=20))
+
+    monkeypatch.setattr(FrozenCLIP, "load", load)
+    flags = ["--data", str(folder), "--clip", "ViT-B-16", "--pretrained", "openai", "--attentions", "2"]
+    metrics = run(tmp_path / "out", cache, *flags)
+    assert set(metrics["maps"]["train"]) == MAPS
+    assert len(masks(tmp_path / "out" / "masks")) == 5
+    # The small CLIP reads the folder's tags as captions as well.
+    metrics = run(tmp_path / "small", cache, "--data", str(folder), "--clip-data", "scenes", str(folder))
+    assert set(metrics["maps"]["eval"]) == MAPS
+
+
+def start(output: Path, cache: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), *TINY, "--cache", str(cache), "--output", str(output), *flags]
+    return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("when", ["checkpoint/prototypes.pt", "checkpoint/decoder.pt"])
+def test_a_killed_run_resumes_bit_for_bit(when: str, cache: Path, tmp_path: Path) -> None:
+    long = ("--epochs", "12")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    want = run(whole, cache, *long)
+    process, deadline = start(broken, cache, *long), time.monotonic() + 180
+    while not (broken / when).exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (broken / "metrics.json").exists()
+    got = run(broken, cache, *long, "--resume")
+    assert findings(got) == findings(want)
+    for name in ("prototypes", "decoder"):
+        both = (common.load_checkpoint(each / "checkpoint" / f"{name}.pt") for each in (broken, whole))
+        assert_equal(*both)
+    for folder in ("masks", "pseudo_masks"):
+        ours, theirs = masks(broken / folder), masks(whole / folder)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_learn_the_same_prototypes(finished: Path, cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
+    command += [*TINY, "--cache", str(cache), "--output", str(tmp_path), "--batch", "4"]
+    done = subprocess.run(command, env={**os.environ, **SETTINGS, "PYTHONWARNINGS": ""}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    alone, both = (common.load_checkpoint(each / "checkpoint" / "prototypes.pt") for each in (finished, tmp_path))
+    torch.testing.assert_close(both["vision"], alone["vision"], rtol=0, atol=1e-3)
+    metrics, single = read(tmp_path), read(finished)
+    for name in ("text", "text_centred"):  # do not depend on the fit
+        assert metrics["maps"]["eval"][name] == single["maps"]["eval"][name]
+    assert set(masks(tmp_path / "masks")) == set(masks(finished / "masks"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--threshold", "2"), "--threshold: expected otsu, sweep or a number"),
+        (("--pretrained", "openai"), "--pretrained: needs --clip"),
+        (("--epochs", "0"), "--epochs: expected at least 1"),
+    ],
+)
+def test_flags_that_cannot_work_stop_at_once(flags: Sequence[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train_vpl.main([*TINY, "--output", str(tmp_path / "none"), *flags])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_of_other_flags_is_not_resumed(finished: Path, cache: Path) -> None:
+    with pytest.raises(SystemExit, match=r"ratio was 2.0 and is 3.0"):
+        run(finished, cache, "--ratio", "3", "--resume")
+    with pytest.raises(SystemExit, match=r"seed_map was 'vision' and is 'text'"):
+        run(finished, cache, "--stages", "segment", "--seed-map", "text")
