@@ -36,7 +36,7 @@ class Variant(NamedTuple):
 
 
 ONLY_MAPS = ["--stages", "prototypes", "seeds"]
-CLEAN, NOISY = "as CLIP knows them", ["--seed-map", "text", "--refine", "none"]
+CLEAN = "as CLIP knows them"
 VARIANTS: dict[str, dict[str, Variant]] = {
     "maps": {CLEAN: Variant([]), "colours permuted": Variant(["--shift", "channels"])},
     "prompts": {
@@ -46,22 +46,26 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "vision temperature four times": Variant(["--ratio", "4", *ONLY_MAPS]),
     },
 }
-# Each with regional contrast and without.
-CONTRAST: dict[str, tuple[list[str], str | None]] = {
+SHIFTED = "colours permuted"
+# Flags of the decoder or the seeds, and the base; each is run without regional contrast as well.
+SETTINGS: dict[str, tuple[list[str], str | None]] = {
     "default": ([], CLEAN),
-    "no suppression of absent classes": (["--rsc-suppression", "0"], CLEAN),
-    "five times the weight": (["--rsc-weight", "0.5"], CLEAN),
-    "temperature 0.03": (["--rsc-temperature", "0.03"], CLEAN),
     "twice as wide and deep a decoder": (["--decoder-dim", "128", "--decoder-depth", "4"], CLEAN),
-    "noisy seeds (text, no refinement)": (NOISY, CLEAN),
+    "noisy seeds (text, not refined)": (["--seed-map", "text", "--refine", "none"], CLEAN),
     "100 pictures": (["--train-scenes", "100", "--epochs", "40"], None),
-    "colours permuted": ([], "colours permuted"),
+    "colours permuted": ([], SHIFTED),
+}
+# Flags of the contrast, on the default setting.
+KINDS = {
+    "no suppression of absent classes": ["--rsc-suppression", "0"],
+    "five times the weight": ["--rsc-weight", "0.5"],
+    "temperature 0.03": ["--rsc-temperature", "0.03"],
 }
 VARIANTS["contrast"] = {
     f"{name}, {word}": Variant([*(VARIANTS["maps"][base].flags if base else []), *flags, f"--{flag}"], base)
-    for name, (flags, base) in CONTRAST.items()
+    for name, (flags, base) in SETTINGS.items()
     for word, flag in (("with", "rsc"), ("without", "no-rsc"))
-}
+} | {f"{name}, with": Variant(flags, CLEAN) for name, flags in KINDS.items()}
 
 
 def run(job: tuple[Path, Path | None, list[str]]) -> None:
@@ -156,8 +160,9 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
             text += f"\n## {each}, {split}\n\n" + table([each, *columns], rows)
     if "contrast" in summary:
         rows = []
-        for key in CONTRAST:
-            on, off = (summary["contrast"][f"{key}, {word}"] for word in ("with", "without"))
+        for key in (*SETTINGS, *KINDS):
+            on = summary["contrast"][f"{key}, with"]
+            off = summary["contrast"][f"{key if key in SETTINGS else 'default'}, without"]
             row = [key, show(on["pseudo masks"])]
             for split in ("eval", "train"):
                 pair = [each[f"segmentation {split}"] for each in (on, off)]

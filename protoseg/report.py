@@ -24,10 +24,17 @@ _NAMES = {
     "instance": "Instance",
     "pacam": "PACAM",
     "zeroshot": "Zero-shot",
+    "text": "Text",
+    "text_centred": "Text, centred",
+    "vision": "Vision",
+    "vision_affinity": "Vision, affinity",
     "train": "training",
     "eval": "evaluation",
 }
-_COLOURS = {"cam": "#8a94a3", "instance": "#e08a00", "pacam": "#0b6bcb", "segmentation": "#1a8f5a"}
+_COLOURS = {
+    "cam": "#8a94a3", "instance": "#e08a00", "pacam": "#0b6bcb", "segmentation": "#1a8f5a",
+    "text": "#8a94a3", "text_centred": "#e08a00", "vision": "#0b6bcb", "vision_affinity": "#8b5cf6",
+}  # fmt: skip
 _MORE_COLOURS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
 
 
@@ -145,6 +152,10 @@ def _minus(a: object, b: object) -> float | None:
     return None if x is None or y is None else x - y
 
 
+def _plain(names: Iterable[str]) -> str:  # what the other maps are compared with
+    return "text" if "text" in names else "cam"
+
+
 def _memory(metrics: Mapping[str, Any]) -> str | None:
     memory = _page.number(metrics.get("peak_memory_mb"))
     return None if memory is None else f"{memory:,.0f} MB"
@@ -164,8 +175,9 @@ def _cards(metrics: Mapping[str, Any]) -> str:
         known = {key: miou for key in maps if (miou := _page.number(maps[key].get("miou"))) is not None}
         if known:
             best = max(known, key=lambda key: known[key])
-            over = _minus(known[best], known.get("cam"))
-            note = "" if over is None or best == "cam" else f"<br>{_page.difference(over)} over CAM"
+            plain = _plain(known)
+            over = _minus(known[best], known.get(plain))
+            note = "" if over is None or best == plain else f"<br>{_page.difference(over)} over {_name(plain)}"
             cards.append((_name(best), _page.percent(known[best]), f"mIoU, {_name(split)}{note}"))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, key).items():
@@ -178,13 +190,13 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 
 
 def _results(metrics: Mapping[str, Any]) -> str:
-    rows = []
+    rows, plain = [], _plain({key for maps in _maps(metrics).values() for key in maps})
     for split, maps in _maps(metrics).items():
         scores = [_page.number(value.get("miou")) for value in maps.values()]
         top = max((score for score in scores if score is not None), default=None)
         for i, (key, value) in enumerate(maps.items()):
             blind = value.get("miou_mask_free")
-            over = None if key == "cam" else _minus(scores[i], maps.get("cam", {}).get("miou"))
+            over = None if key == plain else _minus(scores[i], maps.get(plain, {}).get("miou"))
             cells = (
                 _page.percent(scores[i]),
                 _page.difference(over),
@@ -206,7 +218,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
         'says what that costs.</p><div class="scroll"><table class="numbers"><thead>'
         '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
         '<th class="n left" colspan="3">Threshold chosen without masks</th></tr>'
-        '<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over CAM</th>'
+        f'<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over {_name(plain)}</th>'
         '<th class="n">threshold</th><th class="n left">mIoU</th><th class="n">threshold</th>'
         f'<th class="n">change</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )

@@ -7,11 +7,16 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import protoseg
+from protoseg.data.scenes import Scenes
+from protoseg.data.voc import load_mask
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,13 +29,36 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: fence.start()].count("\n") + 2, fence[1]) for fence in fences]
 
 
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The trainer's small CLIP, briefly trained: no weights can be downloaded."""
+    pytest.importorskip("open_clip", reason="the extra clip is not installed")
+    import small_clip
+    from accelerate import Accelerator
+
+    args = SimpleNamespace(clip_data=["scenes"], clip_scenes=64, clip_steps=10, clip_size=64, seed=0, tags="auto")
+    args.workers, args.cache = 0, tmp_path_factory.mktemp("cache")
+    return small_clip.load(args, Accelerator(cpu=True))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_clip: Any
+) -> None:
+    """In a folder with some pictures, and with the small CLIP in the place of OpenAI's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("protoseg.clip.FrozenCLIP.load", lambda name, pretrained: small_clip)
+    Path("pictures").mkdir()
+    for sample in Scenes(3, size=64):
+        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(f"pictures/{sample.id}.jpg")
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page):
         # The blank lines make a traceback name the page's own line.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        found = {path.stem: load_mask(path, num_classes=3) for path in Path("masks").iterdir()}
+        assert set(found) == set(Scenes(3).ids)
+        assert all(mask.shape == (64, 64) for mask in found.values())
 
 
 def test_the_readme_has_python_blocks() -> None:

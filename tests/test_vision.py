@@ -158,6 +158,19 @@ def test_balancing_gives_every_class_its_share() -> None:
         assert not torch.allclose(found.fit(features, given).prototypes, plain.prototypes, atol=1e-3)
 
 
+@pytest.mark.parametrize("tags", [True, False])
+def test_few_pictures_at_a_time_make_no_difference(tags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, features, labels = made()
+    given = labels if tags else None
+    whole = learner(text, balance=3).fit(features, given)
+    monkeypatch.setattr(vision, "block_size", lambda _: 5 * D)
+    few = learner(text, balance=3).fit(features, given)
+    torch.testing.assert_close(few.prototypes, whole.prototypes, rtol=0, atol=1e-6)
+    assert few.last_fit is not None
+    assert whole.last_fit is not None
+    assert few.last_fit.start == pytest.approx(whole.last_fit.start, abs=1e-12)
+
+
 def test_training_by_steps_comes_to_the_same_and_state_travels() -> None:
     text, features, labels = made()
     found = learner(text)

@@ -24,6 +24,7 @@ __all__ = [
     "read_classes",
     "read_mask",
     "read_picture",
+    "read_pixels",
     "read_split",
     "read_table",
 ]
@@ -162,6 +163,11 @@ def read_picture(folder: Path, name: str) -> NDArray[np.uint8]:
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise UnreadableFileError(paths[0], "no such file, nor .jpeg or .png; add it or take it out of the split")
+    return read_pixels(path)
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """Return a picture as ``[H, W, 3]`` RGB, in the orientation of its pixels."""
     return np.array(_open(path).convert("RGB"), np.uint8)
 
 

@@ -18,7 +18,7 @@ from protoseg import _checks
 from protoseg.data import Sample, UnreadableFileError
 from protoseg.data import _voc_files as files
 
-__all__ = ["VOC_CLASSES", "VOCFolder", "load_mask", "save_mask", "voc_palette"]
+__all__ = ["VOC_CLASSES", "VOCFolder", "load_image", "load_mask", "save_mask", "voc_palette"]
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -190,6 +190,30 @@ def voc_palette(n: int = 256) -> list[int]:
         for index in range(n)
         for channel in range(3)
     ]
+
+
+def load_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read a picture, in the orientation of its pixels.
+
+    Args:
+        path: A file that Pillow can read.
+
+    Returns:
+        ``[3, H, W]`` uint8, RGB.
+
+    Raises:
+        UnreadableFileError: Missing, truncated, or no picture.
+        ImportError: Pillow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.png"
+        >>> save_mask(path, [[0, 2], [1, 255]])
+        >>> load_image(path).shape
+        torch.Size([3, 2, 2])
+    """
+    pixels = files.read_pixels(Path(path))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
