@@ -31,7 +31,7 @@ from common import Crops, Pictures, load_checkpoint, open_pictures, save_checkpo
 from progress import Plan, Progress
 from pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
 from training import train
-from vpl_stages import MAPS, Prototypes, build_decoder, decoder_losses, learn, picture_maps, score_decoder
+from vpl_stages import MAPS, Prototypes, build_decoder, decoder_losses, learn, picture_maps, score_decoder, texts
 
 from protoseg.clip import FrozenCLIP
 from protoseg.data.scenes import Scenes
@@ -218,8 +218,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.shift == "channels":
         for each in splits.values():
             each.channels = [1, 2, 0]
-    progress = Progress(PLAN, args, accelerator, began)
     clip = open_clip_model(args, accelerator)
+    # Names, layers or sizes that do not suit stop here, before an older run's files go.
+    texts(clip, splits["train"].classes, args)
+    build_decoder(clip, splits["train"], args)
+    progress = Progress(PLAN, args, accelerator, began)
     set_seed(args.seed)
     path = args.output / "checkpoint" / "prototypes.pt"
     if progress.wants("prototypes"):

@@ -232,6 +232,27 @@ def test_flags_that_cannot_work_stop_at_once(flags: Sequence[str], message: str,
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--clip", "ViT-B-61"), "no model 'ViT-B-61' in open_clip; near ones: ViT-B-16"),
+        (("--clip", "ViT-B-16", "--pretrained", "opnai"), "neither a file nor a tag of ViT-B-16; near tags: openai"),
+        (("--layers", "3"), "layers must lie between -3 and 2"),
+        (("--templates", "a photo"), "expected {} for the name"),
+        (("--background-names", "sea", "sea"), "every name may occur once"),
+        (("--templates", "a {} " + 40 * "very "), "the model reads 32 tokens"),
+    ],
+)
+def test_what_does_not_suit_the_model_stops_before_older_files_go(
+    flags: Sequence[str], message: str, finished: Path, cache: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, cache, *flags)
+    assert read(tmp_path) == read(finished)
+    assert len(masks(tmp_path / "masks")) == 12
+
+
 def test_a_run_of_other_flags_is_not_resumed(finished: Path, cache: Path) -> None:
     with pytest.raises(SystemExit, match=r"ratio was 2.0 and is 3.0"):
         run(finished, cache, "--ratio", "3", "--resume")
