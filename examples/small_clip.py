@@ -20,7 +20,6 @@ from common import Shuffle, learning_rate, load_checkpoint, save_checkpoint
 from pgseg_data import TagPairs, Views, loader_of
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from protoseg.clip import FrozenCLIP
@@ -114,14 +113,21 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> FrozenCLIP:
 
 
 def open_pairs(args: argparse.Namespace) -> Views:
-    """Open the pictures with captions: made scenes, and folders whose tags make a sentence."""
-    parts: list[Any] = []
+    """Open the pictures with captions: made scenes, and folders whose tags make a sentence.
+
+    Each source is repeated until it is about as large as the largest. Scenes are seen whole; where there are
+    photographs as well, a view is at least half of a picture.
+    """
+    sources: list[Any] = []
     for name in args.clip_data:
         if name == "scenes":
-            parts.append(ScenePairs(Scenes(args.clip_scenes, seed=0, size=args.clip_size)))
+            sources.append(ScenePairs(Scenes(args.clip_scenes, seed=0, size=args.clip_size)))
         else:
-            parts.append(TagPairs(VOCFolder(name, "train", tags=args.tags, masks="none")))
-    return Views(ConcatDataset(parts), args.clip_size, 1.0, args.seed)
+            sources.append(TagPairs(VOCFolder(name, "train", tags=args.tags, masks="none")))
+    loaded = [[source[index] for index in range(len(source))] for source in sources]
+    largest = max(map(len, loaded))
+    pairs = [pair for part in loaded for pair in part * (largest // len(part))]
+    return Views(pairs, args.clip_size, 1.0 if args.clip_data == ["scenes"] else 0.5, args.seed)
 
 
 def train(clip: FrozenCLIP, views: Views, args: argparse.Namespace, accelerator: Accelerator) -> None:
