@@ -62,9 +62,9 @@ KINDS = {
     "temperature 0.03": ["--rsc-temperature", "0.03"],
 }
 VARIANTS["contrast"] = {
-    f"{name}, {word}": Variant([*(VARIANTS["maps"][base].flags if base else []), *flags, f"--{flag}"], base)
+    f"{name}, {word}": Variant([*(VARIANTS["maps"][base].flags if base else []), *flags, *off], base)
     for name, (flags, base) in SETTINGS.items()
-    for word, flag in (("with", "rsc"), ("without", "no-rsc"))
+    for word, off in (("with", []), ("without", ["--no-rsc"]))
 } | {f"{name}, with": Variant(flags, CLEAN) for name, flags in KINDS.items()}
 
 
@@ -77,7 +77,7 @@ def run(job: tuple[Path, Path | None, list[str]]) -> None:
     torch.set_num_threads(1)
     if base is not None:
         shutil.copytree(base, folder, dirs_exist_ok=True)
-        flags = [*flags, "--stages", "refine", "segment"]
+        flags = [*flags, "--stages", *(["refine"] if "--seed-map" in flags else []), "segment"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
         train_vpl.main([*flags, "--output", str(folder)])
@@ -89,7 +89,7 @@ def run_all(wanted: dict[str, Variant], args: argparse.Namespace, folder: Path) 
     """Run what is missing: a run of each seed first, which trains that seed's CLIP, then bases, then the others."""
     first = next(iter(wanted))
     waves = [[first], [name for name in wanted if not wanted[name].base and name != first]]
-    waves.append([name for name in wanted if wanted[name].base])
+    waves.append([name for name in wanted if wanted[name].base and not same_as_base(wanted[name])])
     for wave in waves:
         jobs = []
         for name in wave:
@@ -102,6 +102,11 @@ def run_all(wanted: dict[str, Variant], args: argparse.Namespace, folder: Path) 
         if missing:
             with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
                 pool.map(run, missing, chunksize=1)
+
+
+def same_as_base(variant: Variant) -> bool:
+    """Whether a variant is its base by another name."""
+    return variant.base is not None and variant.flags == VARIANTS["maps"][variant.base].flags
 
 
 def finished(job: tuple[Path, Path | None, list[str]]) -> bool:
@@ -117,6 +122,8 @@ def path_of(folder: Path, name: str, seed: int) -> Path:
 
 def read(folder: Path, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The metrics of a variant's runs."""
+    variant = next(each[name] for each in VARIANTS.values() if name in each)
+    name = variant.base if variant.base and same_as_base(variant) else name
     return [json.loads((path_of(folder, name, seed) / "metrics.json").read_text("utf-8")) for seed in seeds]
 
 
