@@ -70,6 +70,10 @@ class VisionPrototypeLearner(nn.Module):
     train ``vision`` with an optimizer; under DDP the mean over the ranks is the loss of the whole batch. In a process
     group :meth:`fit` counts the features of all ranks.
 
+    The softmax does not see what all prototypes share, and the optimum has next to none of it. Where :math:`Q` is sure
+    of nearly all pictures, the optimum rests on the few others and strays from what the pictures of a class have in
+    common; higher temperatures keep it there (measured in ``benchmarks/results/speed-fit.md``).
+
     Not stated in the paper: the direction of the KL (here that of InMaP, its relative), the optimiser (here L-BFGS to a
     tolerance; InMaP takes 2000 steps of projected gradient), balancing, and what tags restrict. 0.01 and 0.03 suit
     OpenAI's CLIP alone; with another network give its own temperature, ``1 / logit_scale.exp()``, and two to three
