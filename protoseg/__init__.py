@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from protoseg import functional
+from protoseg.attach import attach
 from protoseg.context import ContextPrototypeBank
 from protoseg.gmm import GMMPrototypeRegularizer
 from protoseg.vision import RegionalSemanticContrast, VisionPrototypeLearner
@@ -13,6 +14,7 @@ __all__ = [
     "RegionalSemanticContrast",
     "VisionPrototypeLearner",
     "__version__",
+    "attach",
     "functional",
 ]
 

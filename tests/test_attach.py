@@ -1,0 +1,465 @@
+"""attach: any network, in a few lines, with nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from protoseg import ContextPrototypeBank, attach
+from protoseg.attach import Tap, _rank
+from tests import stand_ins
+from tests.stand_ins import AMN, SIPE, AMNFirst, C, D, MCTformer, Transformer, pictures
+
+
+def bank(**options: Any) -> ContextPrototypeBank:
+    return ContextPrototypeBank(C, D, capacity=16, num_contexts=2, top_k=1, background_contexts=2, **options)
+
+
+def masks(labels: Tensor, side: int = 4) -> Tensor:
+    return F.pad(labels, (1, 0), value=1)[..., None, None].expand(-1, -1, side, side)
+
+
+WEIGHT = torch.randn(C, D, 1, 1, generator=torch.Generator().manual_seed(0))
+# The network, how it is attached to, and how it is called.
+Call = Callable[[nn.Module, Tensor, Tensor], Any]
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Call]] = {
+    "amn first": (AMNFirst, {"features": "stage4", "cam": "classifier"}, lambda net, x, y: net(x)),
+    "amn": (
+        AMN,
+        {"features": "classifier.1:input", "cam": "classifier", "channels": range(1, C + 1)},
+        lambda net, x, y: net(x, y),
+    ),
+    "sipe": (SIPE, {"features": "stage4", "cam": "classifier"}, lambda net, x, y: net(x, masks(y))),
+    "mct v2": (MCTformer, {"features": "head:input", "cam": "head"}, lambda net, x, y: net(x)),
+    "mct plus": (lambda: MCTformer(plus=True), {"features": "head:input", "cam": "head"}, lambda net, x, y: net(x)),
+    "transformer": (
+        Transformer, {"features": "norm", "cam": "head", "reshape": 1}, lambda net, x, y: net(x)
+    ),
+    "callable": (
+        SIPE,
+        {"features": "backbone.3", "cam": lambda features: F.conv2d(features, WEIGHT)},
+        lambda net, x, y: net(x, masks(y)),
+    ),
+}  # fmt: skip
+
+
+def leftovers(network: nn.Module) -> list[Any]:
+    names = [name for name in vars(network) if name.endswith("hooks")]
+    return [hook for module in network.modules() for name in names for hook in vars(module).get(name, {})]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_fills_the_bank_and_reaches_the_network(name: str) -> None:
+    torch.manual_seed(0)
+    make, names, call = NETWORKS[name]
+    network, images, (x, y) = make(), pictures(8), pictures(8)
+    network.train()
+    before, modes = list(network.state_dict()), [module.training for module in network.modules()]
+    untouched = copy.deepcopy(network)
+    memory = bank(background="one_minus_max", detach="none")
+    with attach(network, bank=memory, **names) as tap:
+        torch.manual_seed(1)
+        call(network, x, y)
+        assert tap.features.shape[:2] == (8, D)
+        assert tap.cam.shape[:2] == (8, C)
+        loss = tap.loss(y)
+        loss.backward()
+        pacam = tap.pacam(y)
+        assert list(network.state_dict()) == before
+    assert loss > 0
+    assert pacam.shape[:2] == (8, C + 1)
+    assert memory.count[: C - 1].sum() > 0
+    assert memory.count[C - 1] == 0
+    assert any(each.grad is not None and each.grad.abs().sum() > 0 for each in network.parameters())
+    assert not leftovers(network)
+    assert [module.training for module in network.modules()] == modes
+    with torch.no_grad():
+        for kept, now in zip(untouched.parameters(), network.parameters(), strict=True):
+            assert torch.equal(kept, now)
+        torch.manual_seed(2)
+        want = call(untouched, images[0], images[1])
+        torch.manual_seed(2)
+        got = call(network, images[0], images[1])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_loss_is_the_banks_own(name: str) -> None:
+    """With what the network's code has inside, taken without a hook."""
+    make, names, call = NETWORKS[name]
+    network, (x, y) = make(), pictures()
+    network.eval()  # of which AMN's returns nothing
+    with attach(network, bank=(used := bank()), **names) as tap:
+        call(network, x, y)
+        loss, features, cam = tap.loss(y), tap.features, tap.cam
+    want = bank()(features, cam, y)
+    torch.testing.assert_close(loss, want.loss, rtol=0, atol=0)
+    assert used.count.sum() == want.valid.sum() + (used.count[-1])
+
+
+def test_cam_of_a_pooled_classifier_is_its_weights_at_every_pixel() -> None:
+    network, (x, _) = AMNFirst(), pictures()
+    with attach(network, features="stage4", cam="classifier") as tap:
+        logits = network(x)
+        torch.testing.assert_close(tap.cam.mean((-2, -1)), logits)
+        assert torch.equal(tap.cam, F.conv2d(tap.features, network.classifier.weight))
+
+
+def test_channels_give_the_order_of_the_labels() -> None:
+    network, (x, y) = AMN(), pictures()
+    with attach(network, features="classifier.1:input", cam="classifier", channels=[2, 4]) as tap:
+        logits = network(x, y)
+        assert torch.equal(tap.cam, logits[:, [2, 4]])
+
+
+def test_tokens_become_a_map_row_by_row() -> None:
+    network = nn.Sequential(nn.Identity(), nn.Identity())
+    tokens = torch.rand(2, 1 + 6, D)
+    with attach(network, features="0", reshape=lambda each: each[:, 1:].transpose(1, 2).unflatten(2, (2, 3))) as tap:
+        network(tokens)
+        assert torch.equal(tap.features[1, :, 1, 2], tokens[1, -1])
+    with attach(network, features="0", reshape=2) as tap:
+        network(tokens[:, :6])
+        assert torch.equal(tap.features[0, :, 0, 1], tokens[0, 3])
+    for reshape, problem in ((1, "no square of patches"), (None, "pass reshape=")):
+        with attach(network, features="0", reshape=reshape) as tap:
+            network(tokens)
+            with pytest.raises(ValueError, match=problem):
+                _ = tap.features
+
+
+class TestSeveralForwardPasses:
+    NAMES: dict[str, Any] = {"features": "stage4", "cam": "classifier"}  # noqa: RUF012
+
+    def test_views_of_one_step_are_averaged_and_stored_once(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        state = bank()
+        state(torch.rand(4, D, 4, 4), torch.rand(4, C, 4, 4), y)
+        one, two = copy.deepcopy(state), copy.deepcopy(state)
+        with attach(network, bank=one, forwards=2, **self.NAMES) as tap:
+            network(x)
+            first = tap.features, tap.cam
+            network(x[..., ::2, ::2])
+            second = tap.features, tap.cam
+            loss = tap.loss(y)
+        wanted = [copy.deepcopy(state).eval()(*each, y).loss for each in (first, second)]
+        torch.testing.assert_close(loss, torch.stack(wanted).mean())
+        two(*first, y)
+        assert torch.equal(one.bank, two.bank)
+        assert torch.equal(one.count, two.count)
+
+    def test_only_as_many_as_make_a_step_are_kept(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        with attach(network, bank=bank(), **self.NAMES) as tap:
+            network(x)
+            old = weakref.ref(tap.features)
+            network(x)
+            gc.collect()
+            assert old() is None
+            tap.loss(y)
+            network(x[:2])  # another step
+            assert tap.loss(y[:2]).isfinite()
+
+    def test_a_step_begins_anew_after_the_loss(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        with attach(network, bank=bank(), forwards=2, **self.NAMES) as tap:
+            network(x)
+            network(x)
+            tap.loss(y)
+            network(x[:2])
+            assert tap.loss(y[:2]).isfinite()
+
+    def test_accumulated_batches_are_stored_like_one(self) -> None:
+        network, (x, y) = AMNFirst(), pictures(8)
+        whole, parts = bank(), bank()
+        with attach(network, bank=whole, **self.NAMES) as tap:
+            network(x)
+            tap.loss(y)
+        with attach(network, bank=parts, **self.NAMES) as tap:
+            for part in (slice(0, 4), slice(4, 8)):
+                network(x[part])
+                tap.loss(y[part]).backward()
+        assert torch.equal(whole.count, parts.count)
+        torch.testing.assert_close(whole.bank, parts.bank)
+
+    def test_a_second_loss_stores_nothing(self) -> None:
+        network, (x, y), memory = AMNFirst(), pictures(), bank()
+        with attach(network, bank=memory, **self.NAMES) as tap:
+            network(x)
+            tap.loss(y)
+            before = copy.deepcopy(memory.state_dict())
+            tap.loss(y)
+            tap.pacam(y)
+        torch.testing.assert_close(dict(memory.state_dict()), dict(before), rtol=0, atol=0)
+        assert memory.training
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing_stores_once(self, reentrant: bool) -> None:
+        class Checkpointed(AMNFirst):
+            def stages(self, x: Tensor) -> Tensor:
+                x = self.stage2(self.stage1(x))
+                out: Tensor = checkpoint(self.stage4, self.stage3(x), use_reentrant=reentrant)
+                return out
+
+        torch.manual_seed(0)
+        network, (x, y), memory = Checkpointed(), pictures(), bank(detach="none")
+        plain = AMNFirst()
+        plain.load_state_dict(network.state_dict())
+        with attach(network, bank=memory, forwards=2, **self.NAMES) as tap:
+            out = network(x)
+            if reentrant:  # the layer runs without a graph, and again with one when nobody looks
+                with pytest.raises(ValueError, match="use_reentrant=False"):
+                    tap.loss(y)
+                return
+            loss = tap.loss(y)
+            (F.multilabel_soft_margin_loss(out, y) + loss).backward()
+            assert tap.loss(y) == loss  # nothing came in during the backward pass
+        expected = bank(detach="none")
+        with attach(plain, bank=expected, **self.NAMES) as tap:
+            (F.multilabel_soft_margin_loss(plain(x), y) + tap.loss(y)).backward()
+        assert torch.equal(memory.bank, expected.bank)
+        for got, want in zip(network.parameters(), plain.parameters(), strict=True):
+            if want.grad is not None:
+                torch.testing.assert_close(got.grad, want.grad)
+
+
+class TestModes:
+    def test_without_gradients_there_are_maps_and_nothing_is_stored(self) -> None:
+        network, (x, y), memory = AMNFirst(), pictures(), bank()
+        with attach(network, features="stage4", cam="classifier", bank=memory) as tap, torch.no_grad():
+            network(x)
+            assert tap.loss(y).isfinite()
+            assert tap.pacam(y).shape == (4, C + 1, 4, 4)
+        assert memory.count.sum() == 0
+
+    def test_a_bank_in_eval_stores_nothing_whatever_the_networks_mode(self) -> None:
+        network, (x, y), memory = AMNFirst(), pictures(), bank().eval()
+        network.eval()  # which does nothing there
+        with attach(network, features="stage4", cam="classifier", bank=memory) as tap:
+            network(x)
+            tap.loss(y)
+        assert memory.count.sum() == 0
+
+    def test_a_detached_cam_is_refused_with_the_remedy(self) -> None:
+        network, (x, y) = SIPE(), pictures()
+        names = {"features": "stage4", "cam": lambda features: network.classifier(features).detach()}
+        with attach(network, bank=bank(), **names) as tap:
+            network(x, masks(y))
+            with pytest.raises(ValueError, match="for MCTformer 'head'"):
+                tap.loss(y)
+            assert tap.pacam(y).isfinite().all()
+        with attach(network, bank=bank(detach="cam"), **names) as tap:  # there the CAM is the target
+            network(x, masks(y))
+            assert tap.loss(y).isfinite()
+            with torch.no_grad():
+                network(x, masks(y))
+            with pytest.raises(ValueError, match="the features must be connected"):
+                tap.loss(y)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled(self, backend: str) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network, (x, y) = MCTformer(), pictures()
+        losses = []
+        for runs in (network, torch.compile(network, backend=backend)):
+            with attach(runs, features="head:input", cam="head", bank=bank(detach="none")) as tap:
+                for _ in range(2):
+                    network.zero_grad()
+                    runs(x)
+                    loss = tap.loss(y)
+                    loss.backward()
+                losses.append((loss, [each.grad.clone() for each in network.parameters() if each.grad is not None]))
+        torch.testing.assert_close(losses[0], losses[1])
+
+    def test_data_parallel_before_and_after(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        wrapped = nn.DataParallel(network)
+        for whole in (network, wrapped):
+            with attach(whole, features="stage4", cam="classifier", bank=bank()) as tap:
+                wrapped(x)
+                assert tap.loss(y).isfinite()
+
+    def test_parts_of_several_devices_come_in_the_order_of_the_batch(self) -> None:
+        """As the replicas of DataParallel leave them, whichever is done first."""
+        network, (x, _) = AMNFirst(), pictures()
+        wrapped = SimpleNamespace(device_ids=[1, 0])
+        with attach(network, features="stage4", cam="classifier", bank=bank()) as tap:
+            whole = network(x)
+            features = tap.features
+            tap.clear()
+            tap._devices = wrapped.device_ids
+            for index, part in ((0, slice(2, 4)), (1, slice(0, 2))):
+                network(x[part])
+                tap._seen[torch.device("cuda", index)] = tap._seen.pop(torch.device("cpu"))
+            order = sorted(tap._seen, key=lambda device: _rank(device, tap._devices))
+            assert [device.index for device in order] == [1, 0]
+            parts = [tap._seen[device][0].seen["features"].tensor for device in order]
+        torch.testing.assert_close(torch.cat(parts), features)
+        assert whole.shape == (4, C)
+
+    def test_half_precision(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        with attach(network, features="stage4", cam="classifier", bank=bank()) as tap:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = network(x)
+                loss = F.multilabel_soft_margin_loss(out, y) + tap.loss(y)
+            loss.backward()
+            assert tap.features.dtype == torch.bfloat16
+        assert loss.isfinite()
+
+    def test_a_copy_of_the_network_is_not_listened_to(self) -> None:
+        network, (x, _) = AMNFirst(), pictures()
+        with attach(network, features="stage4", cam="classifier") as tap:
+            teacher = copy.deepcopy(network)
+            network(x)
+            before = tap.features
+            teacher(x * 0)
+            assert tap.features is before
+
+
+class TestErrors:
+    def test_an_unknown_layer_lists_near_names(self) -> None:
+        with pytest.raises(ValueError, match=r"features must name a layer .* got 'stage5'; near names: .*stage4"):
+            attach(AMNFirst(), features="stage5")
+        with pytest.raises(ValueError, match=r"cam must name a layer .* near names: classifier"):
+            attach(nn.DataParallel(AMNFirst()), features="stage4", cam="module.classifier")
+        with pytest.raises(ValueError, match=r"near names: head\.fc"):
+            attach(nn.ModuleDict({"head": nn.ModuleDict({"fc": nn.Linear(1, 1)})}), features="fc")
+
+    def test_a_failed_attach_leaves_no_hook(self) -> None:
+        network = AMNFirst()
+        with pytest.raises(ValueError, match="cam must name"):
+            attach(network, features="stage4", cam="nothing")
+        assert not leftovers(network)
+
+    def test_what_is_missing(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        with attach(network, features="stage4") as tap:
+            with pytest.raises(RuntimeError, match="call the network first"):
+                _ = tap.features
+            network(x)
+            with pytest.raises(RuntimeError, match="pass cam="):
+                _ = tap.cam
+            with pytest.raises(RuntimeError, match="pass bank="):
+                tap.loss(y)
+        with pytest.raises(RuntimeError, match="released"):
+            _ = tap.features
+        with pytest.raises(TypeError, match="a layer's name or a callable, got int"):
+            attach(network, features="stage4", cam=3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="forwards must be above 0"):
+            attach(network, features="stage4", forwards=0)
+
+    def test_layers_that_cannot_serve(self) -> None:
+        network, (x, _) = AMNFirst(), pictures()
+        with attach(network, features="stage3", cam="stage4.0") as tap:
+            network(x)
+            assert tap.cam.shape == (4, D, 4, 4)
+        with attach(network, features="stage4", cam="classifier", channels=range(1, 9)) as tap:
+            network(x)
+            with pytest.raises(ValueError, match="below the CAM's 4 channels, got 8"):
+                _ = tap.cam
+        other = SIPE()
+        with attach(other, features="backbone", cam="classifier") as tap:  # a list, that is never called
+            other(x, 1)
+            with pytest.raises(RuntimeError, match="did not run through all"):
+                _ = tap.features
+        with attach(Holder(), features="inner") as tap, pytest.raises(TypeError, match="a tensor or a tuple with one"):
+            Holder.last(x)
+
+    def test_pooled_output_of_an_unfit_layer(self) -> None:
+        network, x = nn.Sequential(stand_ins.trunk(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(2, 3, 8, 8)
+        with attach(network, features="0", cam="2") as tap:
+            network(x)
+            with pytest.raises(ValueError, match="got Flatten with pooled output"):
+                _ = tap.cam
+        network.append(nn.Linear(D, 6)).append(nn.Linear(6, C))
+        with attach(network, features="0", cam="4") as tap:
+            network(x)
+            with pytest.raises(ValueError, match="takes 6 channels and the features have 8"):
+                _ = tap.cam
+
+    def test_a_change_in_place_is_noticed(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, D, 3), nn.ReLU(inplace=True))
+        with attach(network, features="0") as tap:
+            network(torch.rand(1, 3, 8, 8))
+            with pytest.raises(RuntimeError, match="changed in place since"):
+                _ = tap.features
+        with attach(network, features="1") as tap:
+            network(torch.rand(1, 3, 8, 8))
+            assert tap.features.shape == (1, D, 6, 6)
+
+    def test_a_broken_off_forward_pass(self) -> None:
+        network, (x, y) = AMN(), pictures()
+        names = {"features": "stage4", "cam": "classifier", "channels": range(1, C + 1)}
+        with attach(network, bank=bank(), forwards=2, **names) as tap:
+            with pytest.raises(RuntimeError):
+                network(x, y[:, :2])
+            network(x, y)
+            with pytest.raises(ValueError, match="no output"):
+                tap.loss(y)
+            tap.clear()
+            network(x, y)
+            assert tap.loss(y).isfinite()
+
+
+class Holder(nn.Module):
+    """Whose inner layer returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SIPE()
+        Holder.last = lambda x: self.inner(x, 1)  # type: ignore[attr-defined]
+
+
+class TestRelease:
+    def test_an_error_in_the_block_releases(self) -> None:
+        network = AMNFirst()
+        with pytest.raises(KeyError), attach(network, features="stage4"):
+            raise KeyError
+        assert not leftovers(network)
+
+    def test_the_network_is_forgotten(self) -> None:
+        network, (x, y) = AMNFirst(), pictures()
+        tap = attach(network, features="stage4", cam="classifier", bank=bank())
+        network(x)
+        tap.loss(y)
+        tap.release()
+        tap.release()
+        gone = weakref.ref(network)
+        del network
+        gc.collect()
+        assert gone() is None
+        assert isinstance(tap, Tap)
+
+    def test_memory_stays_flat_over_a_thousand_rounds(self) -> None:
+        """Nothing of a round is left: neither tensors nor hooks nor objects of Python."""
+        network, (x, y) = AMNFirst(), pictures(2, 16)
+        memory = bank()
+
+        def rounds(count: int) -> tuple[int, int]:
+            for _ in range(count):
+                with attach(network, features="stage4", cam="classifier", bank=memory) as tap:
+                    network.zero_grad()
+                    (F.multilabel_soft_margin_loss(network(x), y) + tap.loss(y)).backward()
+            del tap
+            gc.collect()
+            every = gc.get_objects()
+            return len(every), sum(issubclass(type(each), Tensor) for each in every)
+
+        rounds(20)
+        before = rounds(1)
+        after = rounds(1000)
+        assert after[1] == before[1]
+        assert after[0] - before[0] < 200  # a thousand rounds would leave a thousand
+        assert not leftovers(network)
