@@ -1,0 +1,136 @@
+"""The head of AMN: atrous convolutions on features that the picture's tags condition (Lee et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks
+from protoseg.models.heads import SmallResNet, TimmBackbone
+
+__all__ = ["AMNNetwork", "AMNOutput", "activation_loss"]
+
+
+class AMNOutput(NamedTuple):
+    """What :class:`AMNNetwork` returns.
+
+    Attributes:
+        logits: ``[B, C+1, h, w]``, background in front, for :func:`activation_loss`.
+        features: ``[B, D, h, w]`` that the atrous convolutions see.
+        cam: ``[B, C, h, w]``, shares of the picture's own classes beside background; absent classes 0.
+    """
+
+    logits: Tensor
+    features: Tensor
+    cam: Tensor
+
+
+class AMNNetwork(nn.Module):
+    r"""Class maps from a per-pixel classifier that knows which classes are in the picture.
+
+    .. math:: A = \sum_r \mathrm{conv}_r(F \odot W y), \qquad M_c(j) = \mathrm{softmax}_{c \in \{0\} \cup y} A_c(j)
+
+    with the tags :math:`y` and 3x3 convolutions of dilation :math:`r`. After Lee, Kim and Shim, "Threshold Matters in
+    WSSS: Manipulating the Activation for the Robust and Accurate Segmentation Model Against Thresholds", CVPR 2022; it
+    learns from masks that another network's CAM gave, by :func:`activation_loss`. The published code scales the
+    softmax once more by minimum and maximum within pixels that it trusts, which is left to the user.
+
+    Args:
+        backbone: Takes ``[B, 3, H, W]`` to ``[B, D, h, w]`` and has ``channels`` = ``D``.
+        num_classes: ``C``, foreground classes.
+        rates: Dilations, at least 1 each. The published ones suit maps of 32x32 and more.
+        dropout: Of the conditioned features.
+
+    Shape:
+        - images: ``[B, 3, H, W]``
+        - labels: ``[B, C]`` multi-hot
+        - output: :class:`AMNOutput`
+
+    Raises:
+        ValueError: ``num_classes`` below 1, no rates or one below 1, or labels of another shape.
+
+    Example:
+        >>> network = AMNNetwork(SmallResNet(8), num_classes=5, rates=(1, 2))
+        >>> out = network(torch.zeros(2, 3, 32, 32), torch.eye(5)[:2])
+        >>> out.logits.shape, out.cam.shape
+        (torch.Size([2, 6, 4, 4]), torch.Size([2, 5, 4, 4]))
+    """
+
+    def __init__(
+        self,
+        backbone: SmallResNet | TimmBackbone,
+        num_classes: int,
+        *,
+        rates: Sequence[int] = (6, 12, 18, 24),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _checks.positive("AMNNetwork", "num_classes", num_classes)
+        if not rates or min(rates) < 1:
+            raise ValueError(f"AMNNetwork: rates must be one or more numbers of at least 1, got {tuple(rates)}")
+        self.num_classes = num_classes
+        self.backbone = backbone
+        self.channels: int = backbone.channels
+        self.label_encoder = nn.Linear(num_classes, self.channels)
+        self.dropout = nn.Dropout(dropout)
+        self.atrous = nn.ModuleList(
+            nn.Conv2d(self.channels, num_classes + 1, 3, padding=rate, dilation=rate) for rate in rates
+        )
+        for conv in self.atrous:
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, images: Tensor, labels: Tensor) -> AMNOutput:
+        """Return logits, features and CAM. See the class for shapes and errors."""
+        _checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
+        features = self.backbone(images)
+        features = features * self.label_encoder(labels.to(features.dtype))[..., None, None]
+        dropped = self.dropout(features)
+        logits = torch.stack([conv(dropped) for conv in self.atrous]).sum(0)
+        absent = F.pad(labels == 0, (1, 0))[..., None, None]
+        return AMNOutput(logits, features, logits.masked_fill(absent, -torch.inf).softmax(1)[:, 1:])
+
+
+def activation_loss(logits: Tensor, masks: Tensor, smoothing: float = 0.4) -> Tensor:
+    r"""Cross entropy with smoothed masks, in which background and foreground weigh the same.
+
+    .. math:: L = \frac{1}{2} \sum_{S \in \{bg, fg\}} \frac{1}{|S|} \sum_{j \in S} -\sum_c q_c(j) \log p_c(j)
+
+    with :math:`q = 1 - \epsilon` for the pixel's class and :math:`\epsilon / C` for the others. Strong smoothing keeps
+    the activations of easy and hard pixels alike, so that one threshold suits all pictures (equation 4 of the paper;
+    the published code divides by 0 where a batch has no foreground or no background: here that part is left out).
+
+    Args:
+        logits: ``[B, C+1, h, w]``, background in front.
+        masks: ``[B, H, W]`` with 0 = background, 1..C = classes, 255 = void; the pixels nearest to the logits' count.
+        smoothing: :math:`\epsilon` in ``[0, 1]``.
+
+    Returns:
+        ``[]`` in float32 (float64 of float64 logits); 0, connected to the graph, where all is void.
+
+    Raises:
+        ValueError: Shapes that do not belong together, or ``smoothing`` outside ``[0, 1]``.
+
+    Example:
+        >>> loss = activation_loss(torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 0], [1, 255]]]))
+        >>> loss.isclose(torch.tensor(4.0).log()).item()
+        True
+    """
+    _checks.unit_interval("activation_loss", "smoothing", smoothing)
+    _checks.shape("activation_loss", "logits", logits, ("B", "C+1", "h", "w"))
+    _checks.shape("activation_loss", "masks", masks, (len(logits), "H", "W"))
+    target = F.interpolate(masks[:, None].double(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
+    log_shares = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
+    classes = logits.shape[1] - 1
+    own = log_shares.gather(1, target.where(target != 255, 0)[:, None])[:, 0]
+    losses = -(1 - smoothing) * own - smoothing / max(classes, 1) * (log_shares.sum(1) - own)
+    parts = [losses * (target == 0), losses * ((target != 0) & (target != 255))]
+    counts = [(target == 0).sum(), ((target != 0) & (target != 255)).sum()]
+    means = torch.stack([part.sum() / count.clamp_min(1) for part, count in zip(parts, counts, strict=True)])
+    return means.sum() / torch.stack(counts).bool().sum().clamp_min(1)

@@ -1,0 +1,262 @@
+"""The head of MCTformer: a transformer with one token for each class (Xu et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protoseg import _checks
+from protoseg.models.heads import SmallResNet
+
+__all__ = ["MCTNetwork", "MCTOutput", "SmallHybrid", "TimmTransformer", "class_token_contrast"]
+
+Fusion = Literal["v2", "plus"]
+
+
+class MCTOutput(NamedTuple):
+    """What :class:`MCTNetwork` returns; everything is connected to the graph.
+
+    Attributes:
+        logits: ``[B, C]`` of the patches, for a multi-label loss.
+        features: ``[B, D, h, w]``, the patches behind the last block.
+        cam: ``[B, C, h, w]``, at least 0: the maps below fused.
+        token_logits: ``[B, C]`` of the class tokens, for a second multi-label loss.
+        patch_cam: ``[B, C, h, w]`` raw scores of the convolution.
+        attention: ``[B, C, h, w]``, from class tokens to patches, mean over heads and the last blocks.
+        affinity: ``[B, h*w, h*w]``, from patches to patches, mean over heads and all blocks.
+        tokens: ``[blocks, B, C, D]``, the class tokens behind each block, for :func:`class_token_contrast`.
+    """
+
+    logits: Tensor
+    features: Tensor
+    cam: Tensor
+    token_logits: Tensor
+    patch_cam: Tensor
+    attention: Tensor
+    affinity: Tensor
+    tokens: Tensor
+
+    def refined(self) -> Tensor:
+        """Spread the CAM over the patches that attend to each other: ``[B, C, h, w]``."""
+        return (self.cam.flatten(2) @ self.affinity.transpose(1, 2)).view_as(self.cam)
+
+
+class TimmTransformer(nn.Module):
+    """Patches and blocks of a plain vision transformer of timm.
+
+    Args:
+        name: A timm model name, such as ``"deit_small_patch16_224"``.
+        pretrained: Load timm's weights, which needs a network connection or a filled cache.
+
+    Attributes:
+        channels: ``D``.
+        blocks: The blocks.
+        norm: What comes behind the last of them.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm knows no such network, or it is no plain vision transformer.
+    """
+
+    def __init__(self, name: str, *, pretrained: bool = False) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError('TimmTransformer needs timm; run pip install "protoseg[timm]"') from error
+        if not timm.is_model(name):
+            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
+            raise ValueError(f"TimmTransformer: name must be a timm model, got {name!r}; near names: {near}")
+        network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks", "norm")) or not all(
+            hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
+        ):
+            raise ValueError(f"TimmTransformer: {name} is no plain vision transformer; take deit_small_patch16_224")
+        self.project: nn.Module = network.patch_embed.proj
+        self.position = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :].clone())
+        self.grid: tuple[int, int] = tuple(network.patch_embed.grid_size)
+        self.blocks: nn.ModuleList = nn.ModuleList(network.blocks)
+        self.norm: nn.Module = network.norm
+        self.channels = int(network.embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the patches ``[B, D, h, w]`` with their positions, as the first block wants them."""
+        patches: Tensor = self.project(images)
+        position = self.position.transpose(1, 2).reshape(1, -1, *self.grid)
+        if patches.shape[-2:] != position.shape[-2:]:
+            position = F.interpolate(position, patches.shape[-2:], mode="bicubic", align_corners=False)
+        return patches + position
+
+
+class SmallHybrid(nn.Module):
+    """A small residual network whose features are the patches of a few transformer blocks, for runs from scratch.
+
+    Its convolutions see the borders of the picture, and so need no position embedding.
+
+    Args:
+        width: Of :class:`protoseg.models.heads.SmallResNet`; ``D`` is four times as much.
+        depth: Blocks, at least 1.
+        heads: Of each block's attention.
+
+    Attributes:
+        channels: ``D``.
+        blocks: The blocks.
+        norm: What comes behind the last of them.
+
+    Raises:
+        ImportError: timm, whose blocks these are, is not installed.
+        ValueError: ``depth`` below 1, or ``D`` is no multiple of ``heads``.
+    """
+
+    def __init__(self, width: int = 32, *, depth: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        try:
+            from timm.models.vision_transformer import Block
+        except ImportError as error:
+            raise ImportError('SmallHybrid needs timm; run pip install "protoseg[timm]"') from error
+        _checks.positive("SmallHybrid", "depth", depth)
+        self.network = SmallResNet(width)
+        self.channels = self.network.channels
+        if self.channels % heads:
+            raise ValueError(f"SmallHybrid: {self.channels} channels must be a multiple of heads, got {heads}")
+        self.blocks = nn.ModuleList(Block(self.channels, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the patches ``[B, D, h, w]``."""
+        features: Tensor = self.network(images)
+        return features
+
+
+class MCTNetwork(nn.Module):
+    r"""A transformer with one token for each class, whose attention to the patches is that class's map.
+
+    .. math::
+        M^{v2}_c = \bar A_c \odot \mathrm{ReLU}(P_c), \qquad M^{plus}_c = \sqrt{\bar A_c \odot \mathrm{ReLU}(P_c)}
+
+    with :math:`\bar A_c` the attention from the token of class :math:`c` to the patches, as a mean over heads and the
+    last blocks, and :math:`P` a 3x3 convolution of the patches. The mean over a class token's channels is a logit, that
+    over a class's map :math:`P_c` another one; ``"plus"`` weighs the scores of the map by their rank, from the highest
+    on, with :math:`0.996^r`. After Xu et al., "Multi-class Token Transformer for Weakly Supervised Semantic
+    Segmentation" (V2; CVPR 2022, arXiv 2203.02891) and "MCTformer+" (arXiv 2308.03005). There the maps are detached;
+    here a loss on ``cam`` reaches both factors.
+
+    Args:
+        backbone: Patches and blocks, see :class:`TimmTransformer`.
+        num_classes: ``C``.
+        fusion: ``"v2"`` or ``"plus"``.
+        attentions: Last blocks whose attention makes the map; all of them where there are fewer.
+
+    Shape:
+        ``[B, 3, H, W]`` to :class:`MCTOutput`; ``h`` and ``w`` are ``H`` and ``W`` in patches.
+
+    Raises:
+        ValueError: ``num_classes`` or ``attentions`` below 1, or another fusion.
+
+    Example:
+        >>> out = MCTNetwork(SmallHybrid(8, depth=2), num_classes=5)(torch.zeros(2, 3, 32, 48))
+        >>> out.logits.shape, out.cam.shape
+        (torch.Size([2, 5]), torch.Size([2, 5, 4, 6]))
+    """
+
+    def __init__(
+        self,
+        backbone: TimmTransformer | SmallHybrid,
+        num_classes: int,
+        *,
+        fusion: Fusion = "v2",
+        attentions: int = 3,
+    ) -> None:
+        super().__init__()
+        _checks.positive("MCTNetwork", "num_classes", num_classes)
+        _checks.positive("MCTNetwork", "attentions", attentions)
+        _checks.choice("MCTNetwork", "fusion", fusion, get_args(Fusion))
+        self.backbone = backbone
+        self.channels: int = backbone.channels
+        self.fusion: Fusion = fusion
+        self.attentions = attentions
+        self.class_tokens = nn.Parameter(torch.empty(num_classes, self.channels))
+        nn.init.trunc_normal_(self.class_tokens, std=0.02)
+        self.head = nn.Conv2d(self.channels, num_classes, 3, padding=1)
+
+    def forward(self, images: Tensor) -> MCTOutput:
+        """Return logits, features and maps. See the class."""
+        patches = self.backbone(images)
+        classes = len(self.class_tokens)
+        own = self.class_tokens.to(patches.dtype).expand(len(patches), -1, -1)
+        tokens = torch.cat([own, patches.flatten(2).transpose(1, 2)], 1)
+        attentions, behind = [], []
+        for block in self.backbone.blocks:
+            attentions.append(_attention(block, tokens))
+            tokens = block(tokens)
+            behind.append(tokens[:, :classes])
+        tokens = self.backbone.norm(tokens)
+        features = tokens[:, classes:].transpose(1, 2).reshape_as(patches)
+        patch_cam = self.head(features)
+        attention = torch.stack([each[:, :classes, classes:] for each in attentions[-self.attentions :]]).mean(0)
+        attention = attention.reshape_as(patch_cam).to(patch_cam.dtype)
+        cam = attention * patch_cam.relu()
+        if self.fusion == "plus":
+            cam = (cam + torch.finfo(torch.float16).tiny).sqrt()  # a root has no slope at 0
+        return MCTOutput(
+            logits=_ranked_mean(patch_cam) if self.fusion == "plus" else patch_cam.mean((-2, -1)),
+            features=features,
+            cam=cam,
+            token_logits=tokens[:, :classes].mean(-1),
+            patch_cam=patch_cam,
+            attention=attention,
+            affinity=torch.stack([each[:, classes:, classes:] for each in attentions]).mean(0).to(cam.dtype),
+            tokens=torch.stack(behind),
+        )
+
+
+def class_token_contrast(tokens: Tensor, labels: Tensor) -> Tensor:
+    r"""Push the tokens of different classes apart, in every block (MCTformer+).
+
+    .. math:: L = \frac{1}{|y|} \sum_{c \in y} -\log \frac{e^{\cos(t_c, t_c)}}{\sum_k e^{\cos(t_c, t_k)}}
+
+    as a mean over blocks and the pictures that have a class.
+
+    Args:
+        tokens: ``[blocks, B, C, D]``.
+        labels: ``[B, C]`` multi-hot: the :math:`y` of each picture.
+
+    Returns:
+        ``[]``; 0, connected to the graph, where no picture has a class.
+
+    Raises:
+        ValueError: Shapes that do not belong together.
+
+    Example:
+        >>> apart, alike = torch.eye(3).expand(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
+        >>> labels = torch.tensor([[1, 0, 1]])
+        >>> bool(class_token_contrast(apart, labels) < class_token_contrast(alike, labels))
+        True
+    """
+    _checks.shape("class_token_contrast", "tokens", tokens, ("blocks", "B", "C", "D"))
+    _checks.shape("class_token_contrast", "labels", labels, tuple(tokens.shape[1:3]))
+    unit = F.normalize(tokens.float(), dim=-1)
+    losses = -(unit @ unit.transpose(-2, -1)).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+    present = labels.to(losses.dtype)
+    counts = present.sum(-1)
+    means = (losses * present).sum(-1) / counts.clamp_min(1)
+    return means.sum() / ((counts > 0).sum().clamp_min(1) * len(tokens))
+
+
+def _attention(block: Any, tokens: Tensor) -> Tensor:
+    """Mean over the heads of what a block's attention is about to be, ``[B, L, L]``, which its fused form keeps."""
+    attend = block.attn
+    q, k, _ = attend.qkv(block.norm1(tokens)).unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = attend.q_norm(q), attend.k_norm(k)
+    mean: Tensor = ((q * attend.scale) @ k.transpose(-2, -1)).softmax(-1).mean(1)
+    return mean
+
+
+def _ranked_mean(maps: Tensor, decay: float = 0.996) -> Tensor:
+    scores = maps.flatten(2).sort(-1, descending=True).values
+    weights = decay ** torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+    return (scores * weights).sum(-1) / weights.sum()
