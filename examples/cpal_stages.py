@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from common import Pictures, scaled_image
+from cpal_heads import Head, reader
 from pseudo_masks import enlarge, named, score_maps, shard
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,16 +19,15 @@ from protoseg.cam import multi_scale, normalize
 from protoseg.data import Sample
 from protoseg.functional import prototype_cam
 from protoseg.metrics import ConfusionMatrix
-from protoseg.models.heads import CAMNetwork
 
 MAPS = ("cam", "instance", "pacam")
 SIDE = 32  # what the sides of a segmentation network's pictures must be multiples of
 
 
 class Network(NamedTuple):
-    """A CAM network and its bank."""
+    """A network with CAM and its bank."""
 
-    cam: CAMNetwork
+    cam: Head
     bank: ContextPrototypeBank
 
 
@@ -35,11 +35,8 @@ def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: A
     """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
     image = scaled_image(sample.image, args.size).to(accelerator.device)
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        out = net.cam(images)
-        return out.features.float(), out.cam.float()
-
-    features, cam = multi_scale(run, image, scales=args.scales)
+    labels = sample.labels[None].to(accelerator.device)
+    features, cam = multi_scale(reader(net.cam, labels), image, scales=args.scales)
     return features, cam
 
 

@@ -3,22 +3,25 @@
     python examples/train_cpal.py                                    # made scenes, two CPU cores, a few minutes
     python examples/train_cpal.py --data VOC2012 --preset paper-voc  # any VOC-layout folder
     accelerate launch examples/train_cpal.py --data VOC2012 --preset paper-voc
+    python examples/train_cpal.py --head mct                         # the same on another paper's network
 
 Stages: ``classify`` trains the CAM network, with the bank's loss under ``--method cpal``; ``seeds`` fills the bank with
 the final network and writes and scores the maps ``cam``, ``instance`` and ``pacam``; ``refine`` turns one of them into
 pseudo masks; ``segment`` trains a segmentation network on those. With ``--method none`` the bank is filled all the
-same, so that its ``pacam`` shows what the memory does without the loss. ``--resume`` goes on with a stopped run;
-``--stages`` without it runs these stages anew on what the earlier ones left.
+same, so that its ``pacam`` shows what the memory does without the loss. ``--head amn`` learns from masks and not from
+tags: those of ``--masks``, or of a run of ``--head cam`` that it makes itself in ``first/``. ``--resume`` goes on with
+a stopped run; ``--stages`` without it runs these stages anew on what the earlier ones left.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -31,6 +34,7 @@ from common import (
     open_pictures,
     write_json,
 )
+from cpal_heads import HEADS, build, encoder, first_masks, losses
 from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
 from progress import Plan, Progress
 from pseudo_masks import pseudo_mask, refine, report, true_mask
@@ -39,7 +43,8 @@ from training import train
 
 from protoseg import ContextPrototypeBank
 from protoseg.data import Sample
-from protoseg.models.heads import build_cam_network
+from protoseg.data.voc import load_mask
+from protoseg.models.mct import Fusion
 from protoseg.models.segmentation import build_segmentation_network
 from protoseg.refine import load_refiner
 
@@ -58,28 +63,29 @@ PLAN = Plan(
 STAGES = PLAN.stages
 
 # The paper states ResNet-50 and a bank of 1000; everything else in "paper-voc" and "paper-coco" is a guess after SIPE,
-# marked as such in docs/cpal.md. "scratch" was chosen on the train and val pictures of MSRC-15.
+# marked as such in docs/cpal.md. "scratch" was chosen on the train and val pictures of MSRC-15. AMN's dilations are the
+# published ones, and the same shares of the side of a smaller map.
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {
         "backbone": "small:32", "size": 96, "crop": 96, "smallest_crop": 0.5, "epochs": 16, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 5,
+        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 5, "rates": [2, 4, 7, 9],
         # Flat textures: measured on val, centring costs 0.03 to 0.05 here, and each scenery wants contexts of its own.
         # The loss at full weight pulls a classifier that is not done in 16 epochs down: 0.357 to 0.401 without it.
         "bank": ["centre=false", "background_contexts=20"], "weight": 0.1,
     },
     "scratch": {
         "backbone": "small:32", "size": 157, "crop": 144, "smallest_crop": 0.3, "epochs": 100, "batch": 16, "lr": 2e-3,
-        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 40,
+        "scales": [1.0], "segmentation": "unet:backbone", "segmentation_epochs": 40, "rates": [3, 7, 10, 14],
     },
     "paper-voc": {
         "backbone": "resnet50", "pretrained": True, "size": 448, "crop": 512, "smallest_crop": 0.3, "epochs": 5,
         "batch": 16, "lr": 1e-4, "scales": [1.0, 0.5, 1.5, 2.0],
-        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 20,
+        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 20, "rates": [6, 12, 18, 24],
     },
     "paper-coco": {
         "backbone": "resnet50", "pretrained": True, "size": 512, "crop": 512, "smallest_crop": 0.3, "epochs": 5,
         "batch": 16, "lr": 1e-4, "scales": [1.0, 0.5, 1.5, 2.0],
-        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 10,
+        "segmentation": "deeplabv3plus:resnet101", "segmentation_epochs": 10, "rates": [6, 12, 18, 24],
     },
 }  # fmt: skip
 
@@ -107,6 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train-scenes", type=int, default=600)
     add("--eval-scenes", type=int, default=150)
     group = parser.add_argument_group("network")
+    group.add_argument("--head", choices=HEADS, default="cam", help="the plain CAM, AMN's or MCTformer's network")
     group.add_argument("--backbone", help="'small', 'small:WIDTH' or a timm name")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction)
     group.add_argument("--size", type=int, help="test pictures get the area of a square of this side, in pixels")
@@ -118,6 +125,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--epochs", type=int)
     group.add_argument("--batch", type=int, help="per process")
     group.add_argument("--lr", type=float)
+    group = parser.add_argument_group("heads of other papers")
+    group.add_argument("--masks", type=Path, help="amn: folder of the masks to learn from, such as RUN/pseudo_masks")
+    group.add_argument("--smoothing", type=float, default=0.4, help="amn: of the labels")
+    group.add_argument("--rates", type=int, nargs="+", help="amn: dilations")
+    group.add_argument("--fusion", choices=get_args(Fusion), default="v2", help="mct: how its two maps become one")
     group = parser.add_argument_group("bank (see ContextPrototypeBank; defaults are its own)")
     group.add_argument("--weight", type=float, help="of the bank's loss (default: 1, for scenes 0.1)")
     group.add_argument("--start", type=float, default=0.75, help="share of the epochs before the bank's loss counts")
@@ -131,6 +143,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--ceiling", action="store_true", help="also train on the true masks, to compare")
     args = parser.parse_args(argv)
     args.preset = args.preset or ("scenes" if args.data == "scenes" else "scratch")
+    if args.head == "mct" and args.backbone is None and not PRESETS[args.preset]["backbone"].startswith("small"):
+        args.backbone = "deit_small_patch16_224"
     for name, value in {"pretrained": False, "bank": [], "weight": 1.0, **PRESETS[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -142,13 +156,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def classify(
     net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
 ) -> list[dict[str, float]]:
-    """Train the CAM network from tags, with the bank's loss under ``cpal``."""
-    crops = Crops(pictures, args.crop, seed=args.seed, share=(args.smallest_crop, 1.0))
+    """Train the network from tags, or AMN's from masks, with the bank's loss under ``cpal``."""
+    masks = None if args.masks is None else partial(given_mask, args=args)
+    crops = Crops(pictures, args.crop, seed=args.seed, share=(args.smallest_crop, 1.0), masks=masks)
     start = args.start * args.epochs
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
-        out = network(batch["images"])
-        parts = {"classify": F.multilabel_soft_margin_loss(out.logits.float(), batch["labels"])}
+        out, parts = losses(network, batch, args)
         if args.method == "cpal":
             weight = args.weight if epoch >= start else 0.0
             parts["self"] = weight * net.bank(out.features, out.cam, batch["labels"]).loss
@@ -156,6 +170,11 @@ def classify(
 
     net.bank.train()
     return train("classify", net.cam, crops, loss_of, args.epochs, args, accelerator, {"bank": net.bank})
+
+
+def given_mask(sample: Sample, args: argparse.Namespace) -> Tensor:
+    """Read the mask that AMN's network learns from."""
+    return load_mask(args.masks / f"{sample.id}.png", len(sample.labels))
 
 
 def segment(
@@ -169,7 +188,7 @@ def segment(
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Train a segmentation network on masks and score it on the test pictures, without tags."""
     set_seed(args.seed)
-    outputs, backbone = len(pictures.classes) + 1, net.cam.backbone
+    outputs, backbone = len(pictures.classes) + 1, encoder(net.cam)
     model = build_segmentation_network(args.segmentation, outputs, backbone=backbone, pretrained=args.pretrained)
     model = model.to(accelerator.device)
     crop = args.crop // SIDE * SIDE
@@ -190,6 +209,9 @@ def check(args: argparse.Namespace) -> None:
     for name in ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.masks is not None and (args.head != "amn" or not args.masks.is_dir()):
+        problem = f"no such folder: {args.masks}" if args.head == "amn" else "only --head amn learns from masks"
+        raise SystemExit(f"--masks: {problem}")
     if args.threshold not in ("otsu", "sweep"):
         try:
             valid = 0 <= float(args.threshold) <= 1
@@ -202,7 +224,7 @@ def check(args: argparse.Namespace) -> None:
     if "segment" in args.stages:
         if args.crop < SIDE:
             raise SystemExit(f"--crop: the segmentation network needs at least {SIDE} pixels, got {args.crop}")
-        backbone = build_cam_network(args.backbone, 1).backbone
+        backbone = encoder(build(args, 1))
         try:
             build_segmentation_network(args.segmentation, 2, backbone=backbone)
         except ValueError as error:
@@ -230,12 +252,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if test.classes != pictures.classes:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
-    cam = build_cam_network(args.backbone, len(pictures.classes), pretrained=args.pretrained)
-    cam = cam.to(accelerator.device)
+    cam = build(args, len(pictures.classes)).to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **keywords("--bank", args.bank))
     net = Network(cam, bank.to(accelerator.device))
     progress = Progress(PLAN, args, accelerator, began)
     if progress.wants("classify"):
+        first_masks(args, sys.argv[1:] if argv is None else argv, main)
+        set_seed(args.seed)
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
         restore(net, args)
