@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from protoseg import ContextPrototypeBank
+from protoseg import ContextPrototypeBank, attach
 from protoseg._distributed import all_gather, world_size
+from tests import stand_ins
 from tests.cases import OPTIONS, C, D, batch
 
 STEPS, SIZE = 5, 6
@@ -83,3 +84,50 @@ def test_one_process_gathers_nothing() -> None:
     value = torch.rand(3, 2)
     assert all_gather(value) is value
     assert world_size() == 1
+
+
+def attached(network: nn.Module, part: slice) -> dict[str, Any]:
+    """Losses, gradients and bank of steps of a network that knows nothing of its bank."""
+    x, y = stand_ins.pictures(SIZE)
+    bank = ContextPrototypeBank(stand_ins.C, stand_ins.D, capacity=8, num_contexts=2, top_k=1, background_contexts=2)
+    record: dict[str, Any] = {"loss": [], "gradients": []}
+    with attach(network, features="stage4", cam="classifier", bank=bank) as tap:
+        for _ in range(3):
+            network.zero_grad()
+            logits = network(x[part])
+            loss = nn.functional.multilabel_soft_margin_loss(logits, y[part]) + tap.loss(y[part])
+            torch.autograd.backward(loss)
+            record["loss"].append(loss.detach())
+            record["gradients"].append([each.grad.clone() for each in network.parameters() if each.grad is not None])
+    return {**record, "bank": bank.state_dict()}
+
+
+def network_to_attach() -> nn.Module:
+    torch.manual_seed(0)
+    network = stand_ins.AMNFirst()
+    network.stage1.requires_grad_(False)
+    network.stage2.requires_grad_(False)  # behind it the stand-in detaches, as AMN does
+    return network
+
+
+def attached_main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    half = SIZE // 2
+    record = attached(DistributedDataParallel(network_to_attach()), slice(rank * half, (rank + 1) * half))
+    torch.save(record, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_a_tap_on_a_wrapped_network_equals_one_process(tmp_path: Path) -> None:
+    spawn(attached_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = attached(network_to_attach(), slice(None))
+    torch.testing.assert_close(first["bank"], second["bank"], rtol=0, atol=0)
+    torch.testing.assert_close(first["bank"], dict(alone["bank"]), rtol=0, atol=1e-6)
+    assert alone["bank"]["count"].sum() > 0
+    for step in range(3):
+        mean = (first["loss"][step] + second["loss"][step]) / 2
+        torch.testing.assert_close(mean, alone["loss"][step], rtol=0, atol=1e-6)
+        torch.testing.assert_close(first["gradients"][step], alone["gradients"][step], rtol=1e-4, atol=1e-6)
