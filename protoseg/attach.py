@@ -174,8 +174,8 @@ class Tap:
     def _hook(self, kind: str, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             # A copy of the network (a moving average of it, say) has our hooks too; replicas of DataParallel are ours.
-            if layer is not self._layers[kind] and not getattr(layer, "_is_replica", False):
-                return
+            if not self._layers or (layer is not self._layers[kind] and not getattr(layer, "_is_replica", False)):
+                return  # or what was compiled with the hook still runs it behind release()
             # Checkpointing runs layers again in the backward pass.
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return

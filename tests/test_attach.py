@@ -281,6 +281,9 @@ class TestModes:
                     loss.backward()
                 losses.append((loss, [each.grad.clone() for each in network.parameters() if each.grad is not None]))
         torch.testing.assert_close(losses[0], losses[1])
+        runs(x)  # released
+        assert not tap._seen
+        assert not leftovers(network)
 
     def test_data_parallel_before_and_after(self) -> None:
         network, (x, y) = AMNFirst(), pictures()
