@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import _checks
+from protoseg.models._timm import knowing
 
 __all__ = ["CAMNetwork", "CAMOutput", "SmallResNet", "TimmBackbone", "build_cam_network"]
 
@@ -133,13 +133,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, *, pretrained: bool = False, stride: int = 16) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError('TimmBackbone needs timm; run pip install "protoseg[timm]"') from error
-        if not timm.is_model(name):
-            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
-            raise ValueError(f"TimmBackbone: name must be a timm model, got {name!r}; near names: {near}")
+        timm: Any = knowing("TimmBackbone", name)
         if stride not in (8, 16, 32):
             raise ValueError(f"TimmBackbone: stride must be 8, 16 or 32, got {stride}")
         network: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import _checks
+from protoseg.models._timm import knowing
 from protoseg.models.heads import SmallResNet
 
 __all__ = ["MCTNetwork", "MCTOutput", "SmallHybrid", "TimmTransformer", "class_token_contrast"]
@@ -64,13 +64,7 @@ class TimmTransformer(nn.Module):
 
     def __init__(self, name: str, *, pretrained: bool = False) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError('TimmTransformer needs timm; run pip install "protoseg[timm]"') from error
-        if not timm.is_model(name):
-            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
-            raise ValueError(f"TimmTransformer: name must be a timm model, got {name!r}; near names: {near}")
+        timm: Any = knowing("TimmTransformer", name)
         network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
         if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks", "norm")) or not all(
             hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
