@@ -2,10 +2,12 @@
 
     python benchmarks/accuracy.py --data scenes
     python benchmarks/accuracy.py --data ../shared/data/msrc15 --ceiling
+    python benchmarks/accuracy.py --head mct                            # the bank in another paper's network
 
 Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in
 ``--runs`` are kept, broken-off ones resumed. Then leaves out one part of the bank at a time, on the networks that
-``cpal`` trained. Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
+``cpal`` trained. Other heads than the plain CAM leave nothing out; both methods of AMN's learn from the same masks.
+Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[
     """Train one run, or read it where it is finished already."""
     if not (folder / "metrics.json").exists():
         command = [sys.executable, str(ROOT / "examples" / "train_cpal.py"), "--data", args.data, "--method", method]
-        command += ["--seed", str(seed), "--output", str(folder), "--device", args.device, *args.flags]
+        command += ["--head", args.head, "--seed", str(seed), "--output", str(folder), "--device", args.device]
+        command += args.flags
+        if args.head == "amn" and method == "cpal":
+            command += ["--masks", str(folder.with_name(f"none-{seed}") / "first" / "pseudo_masks")]
         command += ["--ceiling"] * (args.ceiling and method == "cpal")
         if (folder / "checkpoint").exists():
             command.append("--resume")
@@ -200,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the tables; returns the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
+    parser.add_argument("--head", choices=("cam", "amn", "mct"), default="cam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--ceiling", action="store_true", help="also train the segmentation network on the true masks")
@@ -211,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name
     shown = name if Path(args.data).is_absolute() else args.data  # a path of one machine is nobody else's
+    if args.head != "cam":
+        name, args.no_parts = f"{name}-{args.head}", True
     runs: dict[str, list[dict[str, Any]]] = {"none": [], "cpal": []}
     for seed in args.seeds:
         for method, metrics in runs.items():
@@ -218,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folders = [args.runs / name / f"cpal-{seed}" for seed in args.seeds]
     parts = [] if args.no_parts else [ablate(folder, args.runs / name / "parts") for folder in folders]
     summary = summarise(runs, parts)
-    command = " ".join(["python benchmarks/accuracy.py --data", shown, *["--ceiling"] * args.ceiling, *args.flags])
+    head = [] if args.head == "cam" else ["--head", args.head]
+    flags = [*head, *["--ceiling"] * args.ceiling, *(["--", *args.flags] if args.flags else [])]
+    command = " ".join(["python benchmarks/accuracy.py --data", shown, *flags])
     summary |= {"command": command, "seeds": args.seeds, "versions": runs["cpal"][0]["versions"]}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"accuracy-{name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
