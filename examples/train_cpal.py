@@ -36,6 +36,7 @@ from common import (
 )
 from cpal_heads import HEADS, build, encoder, first_masks, losses
 from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
+from flags import add_shared, check_counts, check_threshold
 from progress import Plan, Progress
 from pseudo_masks import pseudo_mask, refine, report, true_mask
 from torch import Tensor, nn
@@ -93,25 +94,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shared(parser, stages=STAGES, output="runs/cpal", eval_scenes=150)
     add = parser.add_argument
-    add("--data", default="scenes", help="'scenes' or a VOC-layout folder (default: %(default)s)")
-    add("--train-split", default="train")
-    add("--eval-data", help="folder of the evaluation pictures, with the same classes (default: --data)")
-    add("--eval-split", default="val")
-    add("--tags", choices=("auto", "csv", "xml", "masks"), default="auto", help="auto: labels.csv, else VOC's XML")
-    add("--mask-dir", default="SegmentationClass", help="folder of the true masks, such as SegmentationClassAug")
     add("--method", choices=("none", "cpal"), default="cpal")
     add("--preset", choices=tuple(PRESETS), help="default: 'scenes' for scenes, else 'scratch'")
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    add("--output", type=Path, default=Path("runs/cpal"))
-    add("--resume", action="store_true", help="continue the run in --output where it stopped")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, or whatever accelerate finds; 'cpu' forces the CPU")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no")
-    add("--workers", type=int, default=0, help="processes that read pictures")
-    add("--skip-broken", action="store_true", help="leave out pictures that cannot be read, and report them")
-    add("--train-scenes", type=int, default=600)
-    add("--eval-scenes", type=int, default=150)
     group = parser.add_argument_group("network")
     group.add_argument("--head", choices=HEADS, default="cam", help="the plain CAM, AMN's or MCTformer's network")
     group.add_argument("--backbone", help="'small', 'small:WIDTH' or a timm name")
@@ -206,19 +192,11 @@ def segment(
 
 def check(args: argparse.Namespace) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
-    for name in ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    check_counts(args, ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes"))
     if args.masks is not None and (args.head != "amn" or not args.masks.is_dir()):
         problem = f"no such folder: {args.masks}" if args.head == "amn" else "only --head amn learns from masks"
         raise SystemExit(f"--masks: {problem}")
-    if args.threshold not in ("otsu", "sweep"):
-        try:
-            valid = 0 <= float(args.threshold) <= 1
-        except ValueError:
-            valid = False
-        if not valid:
-            raise SystemExit(f"--threshold: expected otsu, sweep or a number in 0..1, got {args.threshold!r}")
+    check_threshold(args.threshold)
     if "refine" in args.stages:
         load_refiner(args.refine)
     if "segment" in args.stages:

@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import Crops, Pictures, load_checkpoint, open_pictures, save_checkpoint, write_json
+from flags import add_shared, check_counts, check_threshold
 from progress import Plan, Progress
 from pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
 from training import train
@@ -83,24 +84,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="scenes", help="'scenes' or a VOC-layout folder (default: %(default)s)")
-    add("--train-split", default="train")
-    add("--eval-data", help="folder of the evaluation pictures, with the same classes (default: --data)")
-    add("--eval-split", default="val")
-    add("--tags", choices=("auto", "csv", "xml", "masks"), default="auto", help="auto: labels.csv, else VOC's XML")
-    add("--mask-dir", default="SegmentationClass", help="folder of the true masks, which are only scored against")
-    add("--shift", choices=("none", "channels"), default="none", help="channels: permute the pictures' colours")
-    add("--stages", nargs="+", choices=PLAN.stages, default=list(PLAN.stages))
-    add("--output", type=Path, default=Path("runs/vpl"))
-    add("--resume", action="store_true", help="continue the run in --output where it stopped")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, or whatever accelerate finds; 'cpu' forces the CPU")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no", help="of the decoder; CLIP's: --clip-precision")
-    add("--workers", type=int, default=0, help="processes that read pictures")
-    add("--skip-broken", action="store_true", help="leave out pictures that cannot be read, and report them")
-    add("--train-scenes", type=int, default=600)
-    add("--eval-scenes", type=int, default=300)
+    add_shared(parser, stages=PLAN.stages, output="runs/vpl", eval_scenes=300)
+    parser.add_argument("--shift", choices=("none", "channels"), default="none", help="channels: permute the colours")
     group = parser.add_argument_group("CLIP")
     group.add_argument("--clip", help="open_clip's name, such as ViT-B-16 (default: the small one)")
     group.add_argument("--pretrained", help="open_clip's tag, such as openai, or the path of a checkpoint")
@@ -156,16 +141,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
-    for name in ("size", "crop", "epochs", "batch", "train_scenes", "eval_scenes", "clip_steps", "clip_scenes"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.threshold not in ("otsu", "sweep"):
-        try:
-            valid = 0 <= float(args.threshold) <= 1
-        except ValueError:
-            valid = False
-        if not valid:
-            raise SystemExit(f"--threshold: expected otsu, sweep or a number in 0..1, got {args.threshold!r}")
+    check_counts(args, ("size", "crop", "epochs", "batch", "train_scenes", "eval_scenes", "clip_steps", "clip_scenes"))
+    check_threshold(args.threshold)
     if args.pretrained and not args.clip:
         raise SystemExit("--pretrained: needs --clip, the name of the model that these weights are of")
     load_refiner(args.refine)
