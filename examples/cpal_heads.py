@@ -18,18 +18,16 @@ HEADS = ("cam", "amn", "mct")
 Head = CAMNetwork | AMNNetwork | MCTNetwork
 
 
-def build(args: argparse.Namespace, num_classes: int) -> Head:
+def build(args: argparse.Namespace, num_classes: int, *, pretrained: bool) -> Head:
     """Make the network that ``--head`` and ``--backbone`` name."""
     if args.head == "mct":
         kind, _, width = args.backbone.partition(":")
         if kind != "small":
-            return MCTNetwork(
-                TimmTransformer(args.backbone, pretrained=args.pretrained), num_classes, fusion=args.fusion
-            )
+            return MCTNetwork(TimmTransformer(args.backbone, pretrained=pretrained), num_classes, fusion=args.fusion)
         if width and not width.isdecimal():
-            raise ValueError(f"--backbone: expected something like 'small:32', got {args.backbone!r}")
+            raise ValueError(f"expected something like 'small:32', got {args.backbone!r}")
         return MCTNetwork(SmallHybrid(int(width or 32)), num_classes, fusion=args.fusion)
-    network = build_cam_network(args.backbone, num_classes, pretrained=args.pretrained)
+    network = build_cam_network(args.backbone, num_classes, pretrained=pretrained)
     return AMNNetwork(network.backbone, num_classes, rates=args.rates) if args.head == "amn" else network
 
 

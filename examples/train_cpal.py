@@ -197,14 +197,17 @@ def check(args: argparse.Namespace) -> None:
         problem = f"no such folder: {args.masks}" if args.head == "amn" else "only --head amn learns from masks"
         raise SystemExit(f"--masks: {problem}")
     check_threshold(args.threshold)
+    try:
+        network = build(args, 1, pretrained=False)
+    except ValueError as error:
+        raise SystemExit(f"--backbone: {error}") from error
     if "refine" in args.stages:
         load_refiner(args.refine)
     if "segment" in args.stages:
         if args.crop < SIDE:
             raise SystemExit(f"--crop: the segmentation network needs at least {SIDE} pixels, got {args.crop}")
-        backbone = encoder(build(args, 1))
         try:
-            build_segmentation_network(args.segmentation, 2, backbone=backbone)
+            build_segmentation_network(args.segmentation, 2, backbone=encoder(network))
         except ValueError as error:
             raise SystemExit(f"--segmentation: {error}") from error
 
@@ -230,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if test.classes != pictures.classes:
         raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
 
-    cam = build(args, len(pictures.classes)).to(accelerator.device)
+    cam = build(args, len(pictures.classes), pretrained=args.pretrained).to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **keywords("--bank", args.bank))
     net = Network(cam, bank.to(accelerator.device))
     progress = Progress(PLAN, args, accelerator, began)
@@ -248,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if progress.wants("segment", complete="ceiling" in scored or not args.ceiling):
         restore(net, args)
         progress.done("segment", segmentation(net, pictures, test, args, accelerator))
-    metrics = progress.metrics(args.method, PACKAGES, broken={"train": pictures.broken, "eval": test.broken})
+    broken = {"train": pictures.broken, "eval": test.broken}
+    metrics = progress.metrics(args.method, PACKAGES, head=args.head, broken=broken)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
         title = f"CPAL on {Path(args.data).name}: {args.method}, seed {args.seed}"

@@ -40,7 +40,7 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
     metrics = read(finished)
     assert set(metrics) == {
         *("method", "seed", "seconds", "peak_memory_mb", "versions"),
-        *("maps", "pseudo_masks", "segmentation", "broken"),
+        *("head", "maps", "pseudo_masks", "segmentation", "broken"),
     }
     assert (metrics["method"], metrics["seed"]) == ("cpal", 0)
     assert 0 < metrics["seconds"] < 600

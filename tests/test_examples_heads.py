@@ -1,0 +1,65 @@
+"""The trainer with the networks of AMN and MCTformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protoseg.data.scenes import Scenes
+from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run
+
+
+@pytest.fixture(scope="module")
+def amn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("amn")
+    run(output, "--head", "amn", "--start", "0")
+    return output
+
+
+def test_amn_learns_from_masks_that_it_makes_itself(amn: Path) -> None:
+    metrics = read(amn)
+    assert metrics["head"] == "amn"
+    assert_maps(metrics["maps"], ("background", *Scenes(1).classes))
+    first = read(amn / "first")
+    assert (first["head"], first["method"], first["pseudo_masks"]["train"]["map"]) == ("cam", "none", "cam")
+    assert len(masks(amn / "first" / "pseudo_masks")) == len(masks(amn / "pseudo_masks")) == 24
+    history = read(amn / "checkpoint", "progress.json")["stages"]["classify"]["history"]
+    assert set(history[0]) == {"activation", "self"}
+    assert history[-1]["activation"] < history[0]["activation"]
+    assert checkpoint(amn)["bank"]["count"].sum() > 0
+
+
+def test_amn_takes_given_masks_and_makes_the_same_of_them(amn: Path, tmp_path: Path) -> None:
+    given = run(tmp_path, "--head", "amn", "--start", "0", "--masks", str(amn / "first" / "pseudo_masks"))
+    assert not (tmp_path / "first").exists()
+    assert_equal(findings(given), findings(read(amn)))
+
+
+def test_a_stopped_run_of_amn_goes_on(amn: Path, tmp_path: Path) -> None:
+    run(tmp_path, "--head", "amn", "--start", "0", "--stages", "classify")
+    (tmp_path / "checkpoint" / "progress.json").write_text('{"stages": {}}')  # stopped behind the last epoch
+    resumed = run(tmp_path, "--head", "amn", "--start", "0", "--resume")
+    assert_equal(findings(resumed), findings(read(amn)))
+
+
+@pytest.mark.parametrize("fusion", ["v2", "plus"])
+def test_mct(tmp_path: Path, fusion: str) -> None:
+    metrics = run(tmp_path, "--head", "mct", "--fusion", fusion, "--start", "0")
+    assert metrics["head"] == "mct"
+    assert_maps(metrics["maps"], ("background", *Scenes(1).classes))
+    history = read(tmp_path / "checkpoint", "progress.json")["stages"]["classify"]["history"]
+    assert set(history[0]) == {"classify", "tokens", "self"} | ({"contrast"} if fusion == "plus" else set())
+    assert set(metrics["segmentation"]["eval"]) == {"miou", "per_class", "all_background"}
+
+
+def test_what_does_not_fit_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--masks: only --head amn learns from masks"):
+        main(["--output", str(tmp_path), "--masks", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"--masks: no such folder: .*nothing"):
+        main(["--output", str(tmp_path), "--head", "amn", "--masks", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="--backbone: "):
+        main(["--output", str(tmp_path), "--head", "mct", "--backbone", "small:wide"])
+    with pytest.raises(SystemExit, match="--backbone: TimmTransformer: resnet18 is no plain vision transformer"):
+        main(["--output", str(tmp_path), "--head", "mct", "--backbone", "resnet18", "--segmentation", "unet:resnet18"])
+    assert not list(tmp_path.iterdir())
