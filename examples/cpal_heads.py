@@ -54,7 +54,7 @@ def losses(network: nn.Module, batch: dict[str, Tensor], args: argparse.Namespac
     return out, parts
 
 
-def reader(network: Head, labels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def reader(network: Head, labels: Tensor, affinity: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What turns pictures with the same tags ``[1, C]`` into features and raw CAM, as the head makes its own maps."""
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,8 @@ def reader(network: Head, labels: Tensor) -> Callable[[Tensor], tuple[Tensor, Te
             amn: AMNOutput = network(images, labels.expand(len(images), -1))
             return amn.features.float(), amn.cam.float()
         out: CAMOutput | MCTOutput = network(images)
-        return out.features.float(), (out.refined() if isinstance(out, MCTOutput) else out.cam).float()
+        cam = out.refined() if isinstance(out, MCTOutput) and affinity else out.cam
+        return out.features.float(), cam.float()
 
     return run
 

@@ -36,7 +36,7 @@ def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: A
     image = scaled_image(sample.image, args.size).to(accelerator.device)
 
     labels = sample.labels[None].to(accelerator.device)
-    features, cam = multi_scale(reader(net.cam, labels), image, scales=args.scales)
+    features, cam = multi_scale(reader(net.cam, labels, args.affinity), image, scales=args.scales)
     return features, cam
 
 

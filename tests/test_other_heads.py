@@ -177,7 +177,6 @@ class TestMCT:
                 "position": whole.pos_embed[:, 1:],
                 **{f"project.{key}": value for key, value in whole.patch_embed.proj.state_dict().items()},
                 **{f"blocks.{key}": value for key, value in whole.blocks.state_dict().items()},
-                **{f"norm.{key}": value for key, value in whole.norm.state_dict().items()},
             }
         )
         x, seen = torch.rand(1, 3, 224, 224), []

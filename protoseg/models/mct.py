@@ -55,7 +55,6 @@ class TimmTransformer(nn.Module):
     Attributes:
         channels: ``D``.
         blocks: The blocks.
-        norm: What comes behind the last of them.
 
     Raises:
         ImportError: timm is not installed.
@@ -66,7 +65,7 @@ class TimmTransformer(nn.Module):
         super().__init__()
         timm: Any = knowing("TimmTransformer", name)
         network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks", "norm")) or not all(
+        if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks")) or not all(
             hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
         ):
             raise ValueError(f"TimmTransformer: {name} is no plain vision transformer; take deit_small_patch16_224")
@@ -74,7 +73,6 @@ class TimmTransformer(nn.Module):
         self.position = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :].clone())
         self.grid: tuple[int, int] = tuple(network.patch_embed.grid_size)
         self.blocks: nn.ModuleList = nn.ModuleList(network.blocks)
-        self.norm: nn.Module = network.norm
         self.channels = int(network.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,7 +97,6 @@ class SmallHybrid(nn.Module):
     Attributes:
         channels: ``D``.
         blocks: The blocks.
-        norm: What comes behind the last of them.
 
     Raises:
         ImportError: timm, whose blocks these are, is not installed.
@@ -118,7 +115,6 @@ class SmallHybrid(nn.Module):
         if self.channels % heads:
             raise ValueError(f"SmallHybrid: {self.channels} channels must be a multiple of heads, got {heads}")
         self.blocks = nn.ModuleList(Block(self.channels, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the patches ``[B, D, h, w]``."""
@@ -136,8 +132,8 @@ class MCTNetwork(nn.Module):
     last blocks, and :math:`P` a 3x3 convolution of the patches. The mean over a class token's channels is a logit, that
     over a class's map :math:`P_c` another one; ``"plus"`` weighs the scores of the map by their rank, from the highest
     on, with :math:`0.996^r`. After Xu et al., "Multi-class Token Transformer for Weakly Supervised Semantic
-    Segmentation" (V2; CVPR 2022, arXiv 2203.02891) and "MCTformer+" (arXiv 2308.03005). There the maps are detached;
-    here a loss on ``cam`` reaches both factors.
+    Segmentation" (V2; CVPR 2022, arXiv 2203.02891) and "MCTformer+" (arXiv 2308.03005); as there, no norm follows the
+    last block. There the maps are detached; here a loss on ``cam`` reaches both factors.
 
     Args:
         backbone: Patches and blocks, see :class:`TimmTransformer`.
@@ -188,7 +184,6 @@ class MCTNetwork(nn.Module):
             attentions.append(_attention(block, tokens))
             tokens = block(tokens)
             behind.append(tokens[:, :classes])
-        tokens = self.backbone.norm(tokens)
         features = tokens[:, classes:].transpose(1, 2).reshape_as(patches)
         patch_cam = self.head(features)
         attention = torch.stack([each[:, :classes, classes:] for each in attentions[-self.attentions :]]).mean(0)
