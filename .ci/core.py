@@ -5,6 +5,12 @@ import importlib.metadata
 import pathlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import nn
+
+import protoseg
 
 CORE = {"torch", "einops", "numpy", "scipy"}
 EXTRAS = (
@@ -28,21 +34,17 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, Missing())
-import protoseg  # noqa: E402
-
 wheel = pathlib.Path(sys.prefix).resolve()
 assert wheel in pathlib.Path(protoseg.__file__).resolve().parents, protoseg.__file__
 assert (pathlib.Path(protoseg.__file__).parent / "py.typed").exists()
 assert protoseg.__version__ == importlib.metadata.version("protoseg")
-assert "scipy" not in sys.modules, "import protoseg is to be light"
+assert not {*EXTRAS, "scipy"} & set(sys.modules), "import protoseg is to be light"
 needs = {
     each.partition(";")[0].strip(" ") for each in importlib.metadata.requires("protoseg") if "extra ==" not in each
 }
 assert {each.split(">")[0].split("=")[0].strip() for each in needs} == CORE, needs
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+sys.meta_path.insert(0, Missing())
 
 features, cam, labels = (
     torch.rand(2, 8, 6, 6, requires_grad=True),
@@ -61,10 +63,10 @@ with protoseg.attach(network, features="1", cam="4", bank=protoseg.ContextProtot
     network(torch.rand(2, 3, 16, 16))
     tap.loss(labels).backward()
 
-from protoseg.clip import FrozenCLIP  # noqa: E402
-from protoseg.data.voc import save_mask  # noqa: E402
-from protoseg.models.heads import TimmBackbone  # noqa: E402
-from protoseg.models.mct import SmallHybrid  # noqa: E402
+
+def module(name: str) -> ModuleType:
+    """A part of the package, imported where the extras are missing."""
+    return importlib.import_module(f"protoseg.{name}")
 
 
 def hint(call: Callable[[], object]) -> str:
@@ -77,9 +79,9 @@ def hint(call: Callable[[], object]) -> str:
 
 
 hints = {
-    "timm": [lambda: TimmBackbone("resnet18"), lambda: SmallHybrid(8)],
-    "clip": [lambda: FrozenCLIP.load("ViT-B-16")],
-    "examples": [lambda: save_mask("mask.png", torch.zeros(2, 2, dtype=torch.uint8))],
+    "timm": [lambda: module("models.heads").TimmBackbone("resnet18"), lambda: module("models.mct").SmallHybrid(8)],
+    "clip": [lambda: module("clip").FrozenCLIP.load("ViT-B-16")],
+    "examples": [lambda: module("data.voc").save_mask("mask.png", torch.zeros(2, 2, dtype=torch.uint8))],
 }
 wrong = [said for extra, calls in hints.items() for call in calls if f"protoseg[{extra}]" not in (said := hint(call))]
 assert not wrong, wrong

@@ -68,10 +68,10 @@ def reader(network: Head, labels: Tensor, affinity: bool) -> Callable[[Tensor], 
     return run
 
 
-def first_masks(args: argparse.Namespace, argv: Sequence[str], main: Callable[[Sequence[str]], object]) -> None:
+def first_masks(args: argparse.Namespace, argv: Sequence[str], run: Callable[[Sequence[str]], object]) -> None:
     """Where ``--head amn`` is given no masks to learn from, make them by ``--head cam`` in the folder ``first``."""
     if args.head == "amn" and args.masks is None:
         first = Path(args.output) / "first"
         stages = ["--stages", "classify", "seeds", "refine"]
-        main([*argv, "--head", "cam", "--method", "none", "--seed-map", "cam", *stages, "--output", str(first)])
+        run([*argv, "--head", "cam", "--method", "none", "--seed-map", "cam", *stages, "--output", str(first)])
         args.masks = first / "pseudo_masks"

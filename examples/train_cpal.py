@@ -92,8 +92,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What a head wants otherwise. On scenes, one seed, 10 epochs at a rate of 2e-3 gave MCTformer's maps 0.25 and at 5e-4
 # 0.35 (the plain CAM has 0.33), and affinity flooded them (0.14). The published rate is 5e-4 for 512 pictures a step.
 HEAD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "cam": {},
-    "amn": {},
     "mct": {
         "scenes": {"lr": 5e-4, "epochs": 12},
         "scratch": {"lr": 5e-4},
@@ -143,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.preset = args.preset or ("scenes" if args.data == "scenes" else "scratch")
     rest = {"pretrained": False, "bank": [], "weight": 1.0, "affinity": False}
-    for name, value in {**rest, **PRESETS[args.preset], **HEAD_PRESETS[args.head].get(args.preset, {})}.items():
+    for name, value in {**rest, **PRESETS[args.preset], **HEAD_PRESETS.get(args.head, {}).get(args.preset, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.seed_map = args.seed_map or ("pacam" if args.method == "cpal" else "cam")
@@ -233,12 +231,20 @@ def restore(net: Network, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and ``pseudo_masks``; returns the metrics."""
-    began = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     check(args)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
     if args.device not in ("auto", "cpu", accelerator.device.type):
         raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
+    metrics = run(args, argv, accelerator)
+    accelerator.end_training()
+    return metrics
+
+
+def run(args: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator) -> dict[str, Any]:
+    """Run the stages for flags that have been read; AMN's first network is such a run within one."""
+    began = time.monotonic()
     set_seed(args.seed)
     pictures = open_pictures(args.data, args.train_split, args)
     test = open_pictures(args.eval_data, args.eval_split, args)
@@ -250,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     net = Network(cam, bank.to(accelerator.device))
     progress = Progress(PLAN, args, accelerator, began)
     if progress.wants("classify"):
-        first_masks(args, sys.argv[1:] if argv is None else argv, main)
-        set_seed(args.seed)
+        first_masks(args, argv, lambda flags: run(parse(flags), flags, accelerator))
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
         restore(net, args)
@@ -269,7 +274,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_json(args.output / "metrics.json", metrics)
         title = f"CPAL on {Path(args.data).name}: {args.method}, seed {args.seed}"
         report(title, metrics, progress.found, pictures, args)
-    accelerator.end_training()
     return metrics
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from protoseg import _checks
-from protoseg.context import ContextPrototypeBank
+from protoseg.context import ContextPrototypeBank, ContextPrototypes
 
 __all__ = ["Tap", "attach"]
 
 _INPUT = ":input"
-_CLEAR = "call clear() after a forward pass that was broken off"
 
 
 class _Seen(NamedTuple):
@@ -69,7 +68,8 @@ class Tap:
         bank: As given.
 
     Raises:
-        ValueError: There is no such layer (near names are listed), or ``forwards`` is below 1.
+        ValueError: There is no such layer (near names are listed), ``channels`` is empty or below 0, or ``forwards``
+            is below 1.
         TypeError: ``cam`` is neither a name nor callable, or a layer's output holds no tensor.
 
     Example:
@@ -102,6 +102,8 @@ class Tap:
         self.bank = bank
         self._cam = cam
         self._channels = None if channels is None else list(channels)
+        if self._channels is not None and min(self._channels, default=-1) < 0:
+            raise ValueError(f"attach: channels must be one or more numbers of at least 0, got {self._channels}")
         self._reshape = reshape
         self._forwards = forwards
         self._devices = getattr(network, "device_ids", None) or []
@@ -197,7 +199,8 @@ class Tap:
         bank, maps = self._with_bank(), self._maps()
         mode = bank.training
         try:
-            return bank.eval()(*maps[-1], labels).pacam  # type: ignore[no-any-return]
+            out: ContextPrototypes = bank.eval()(*maps[-1], labels)
+            return out.pacam
         finally:
             bank.train(mode)
 
@@ -246,7 +249,10 @@ class Tap:
         counts = {len(self._seen[device]) for device in order}
         forwards = [[self._seen[device][index] for device in order] for index in range(min(counts))]
         if len(counts) > 1 or any("features" not in each.seen for every in forwards for each in every):
-            raise RuntimeError(f"attach: a forward pass did not run through all of {self._needed}; {_CLEAR}")
+            raise RuntimeError(
+                f"attach: a forward pass did not run through all of {self._needed}; call clear() after one that was "
+                "broken off"
+            )
         found: list[tuple[Tensor, Tensor | None]] = []
         for every in forwards:
             features = _joined("features", every, order[0])

@@ -46,6 +46,9 @@ class TestErrors:
             _ = tap.features
         with pytest.raises(TypeError, match="a layer's name or a callable, got int"):
             attach(network, features="stage4", cam=3)  # type: ignore[arg-type]
+        for channels in ([], [-1, 2]):
+            with pytest.raises(ValueError, match="channels must be one or more numbers of at least 0"):
+                attach(network, features="stage4", channels=channels)
         with pytest.raises(ValueError, match="forwards must be above 0"):
             attach(network, features="stage4", forwards=0)
 

@@ -103,8 +103,8 @@ def activation_loss(logits: Tensor, masks: Tensor, smoothing: float = 0.4) -> Te
     .. math:: L = \frac{1}{2} \sum_{S \in \{bg, fg\}} \frac{1}{|S|} \sum_{j \in S} -\sum_c q_c(j) \log p_c(j)
 
     with :math:`q = 1 - \epsilon` for the pixel's class and :math:`\epsilon / C` for the others. Strong smoothing keeps
-    the activations of easy and hard pixels alike, so that one threshold suits all pictures (equation 4 of the paper;
-    the published code divides by 0 where a batch has no foreground or no background: here that part is left out).
+    the activations of easy and hard pixels alike, so that one threshold suits all pictures. The published code divides
+    by 0 where a batch has no foreground or no background; here that part is left out.
 
     Args:
         logits: ``[B, C+1, h, w]``, background in front.

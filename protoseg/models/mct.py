@@ -133,7 +133,8 @@ class MCTNetwork(nn.Module):
     over a class's map :math:`P_c` another one; ``"plus"`` weighs the scores of the map by their rank, from the highest
     on, with :math:`0.996^r`. After Xu et al., "Multi-class Token Transformer for Weakly Supervised Semantic
     Segmentation" (V2; CVPR 2022, arXiv 2203.02891) and "MCTformer+" (arXiv 2308.03005); as there, no norm follows the
-    last block. There the maps are detached; here a loss on ``cam`` reaches both factors.
+    last block. There the maps are detached; here a loss on ``cam`` reaches both factors, and 6e-5 is added under the
+    root, which has no slope at 0.
 
     Args:
         backbone: Patches and blocks, see :class:`TimmTransformer`.
@@ -190,7 +191,7 @@ class MCTNetwork(nn.Module):
         attention = attention.reshape_as(patch_cam).to(patch_cam.dtype)
         cam = attention * patch_cam.relu()
         if self.fusion == "plus":
-            cam = (cam + torch.finfo(torch.float16).tiny).sqrt()  # a root has no slope at 0
+            cam = (cam + torch.finfo(torch.float16).tiny).sqrt()
         return MCTOutput(
             logits=_ranked_mean(patch_cam) if self.fusion == "plus" else patch_cam.mean((-2, -1)),
             features=features,
