@@ -97,3 +97,15 @@ def test_two_processes_score_every_picture_once(
     assert together["count"][-1] <= 23
     assert alone["maps"] == metrics["maps"]
     assert alone["pseudo_masks"] == metrics["pseudo_masks"]
+
+
+def test_amn_in_two_processes_makes_its_masks_first(tmp_path: Path) -> None:
+    """Its first run must not end the processes' group."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
+    command = [*launch, *SCENES, "--batch", "4", "--head", "amn", "--stages", "classify", "--output", str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(masks(tmp_path / "first" / "pseudo_masks")) == 24
+    assert checkpoint(tmp_path)["processes"] == 2
