@@ -53,7 +53,8 @@ def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[
         command += ["--head", args.head, "--seed", str(seed), "--output", str(folder), "--device", args.device]
         command += args.flags
         if args.head == "amn" and method == "cpal":
-            command += ["--masks", str(folder.with_name(f"none-{seed}") / "first" / "pseudo_masks")]
+            first = folder.with_name(f"none-{seed}") / "first"
+            command += ["--masks", str(first / "pseudo_masks"), "--weights", str(first / "checkpoint" / "classify.pt")]
         command += ["--ceiling"] * (args.ceiling and method == "cpal")
         if (folder / "checkpoint").exists():
             command.append("--resume")
@@ -73,7 +74,7 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    args = argparse.Namespace(**{**config, "output": scratch})
+    args = argparse.Namespace(**{**config, "output": scratch, "maps": ["pacam"]})
     accelerator = Accelerator(cpu=args.device == "cpu")
     splits = {
         "train": open_pictures(args.data, args.train_split, args),
@@ -99,7 +100,7 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
     for part, options in PARTS.items():
         options = {**keywords("--bank", args.bank), **options}
         bank = ContextPrototypeBank(len(splits["train"].classes), cam.channels, **options).to(accelerator.device)
-        maps, _ = seeds(Network(cam, bank), splits, args, accelerator, names=("pacam",))
+        maps, _ = seeds(Network(cam, bank), splits, args, accelerator)
         found[part] = {split: maps[split]["pacam"]["miou"] for split in splits}
     return found
 

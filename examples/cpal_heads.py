@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from common import load_checkpoint
 from torch import Tensor, nn
 
 from protoseg.models.amn import AMNNetwork, AMNOutput, activation_loss
@@ -69,9 +70,25 @@ def reader(network: Head, labels: Tensor, affinity: bool) -> Callable[[Tensor], 
 
 
 def first_masks(args: argparse.Namespace, argv: Sequence[str], run: Callable[[Sequence[str]], object]) -> None:
-    """Where ``--head amn`` is given no masks to learn from, make them by ``--head cam`` in the folder ``first``."""
+    """Where ``--head amn`` is given no masks to learn from, make them by ``--head cam`` in the folder ``first``.
+
+    The backbone of that run is then the beginning of this one, as published weights of ImageNet would be.
+    """
     if args.head == "amn" and args.masks is None:
         first = Path(args.output) / "first"
-        stages = ["--stages", "classify", "seeds", "refine"]
-        run([*argv, "--head", "cam", "--method", "none", "--seed-map", "cam", *stages, "--output", str(first)])
+        same = ["--backbone", args.backbone, "--crop", str(args.crop), "--epochs", str(args.first_epochs)]
+        own = ["--head", "cam", "--method", "none", "--maps", "cam", "--seed-map", "cam", "--output", str(first)]
+        run([*argv, *same, *own, "--stages", "classify", "seeds", "refine"])
         args.masks = first / "pseudo_masks"
+        if args.weights is None and not args.pretrained:
+            args.weights = first / "checkpoint" / "classify.pt"
+
+
+def load_backbone(network: Head, path: Path) -> None:
+    """Begin with the backbone of another run, whose head may be another one."""
+    state = load_checkpoint(path)["model"]
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    try:
+        network.backbone.load_state_dict(backbone)
+    except RuntimeError as error:
+        raise SystemExit(f"--weights: {path} is of another backbone than this run's: {error}") from error

@@ -40,12 +40,15 @@ def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: A
     return features, cam
 
 
-def picture_maps(bank: ContextPrototypeBank, features: Tensor, cam: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The three maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0."""
+def picture_maps(
+    bank: ContextPrototypeBank, features: Tensor, cam: Tensor, labels: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Those of the three maps ``[C, h, w]`` of one picture that are named, in 0..1, absent classes 0."""
     out = bank(features, cam, labels)
     # As in SIPE: every pixel against the picture's own prototype of the class.
     instance = normalize(prototype_cam(features, out.instances.unsqueeze(2))) * labels[:, :, None, None]
-    return {"cam": out.cam[0, 1:], "instance": instance[0], "pacam": out.pacam[0, 1:]}
+    maps = {"cam": out.cam[0, 1:], "instance": instance[0], "pacam": out.pacam[0, 1:]}
+    return {name: maps[name] for name in names}
 
 
 @torch.no_grad()
@@ -66,21 +69,19 @@ def fill(net: Network, pictures: Pictures, args: argparse.Namespace, accelerator
 
 @torch.no_grad()
 def seeds(
-    net: Network,
-    splits: Mapping[str, Pictures],
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    names: Sequence[str] = MAPS,
+    net: Network, splits: Mapping[str, Pictures], args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write each training picture's maps and score those in ``names`` at every threshold, in one pass over a split."""
+    """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
-    fill(net, splits["train"], args, accelerator)
+    net.bank.eval()
+    if "pacam" in args.maps:  # the only one that needs the memory
+        fill(net, splits["train"], args, accelerator)
 
     def maps_of(sample: Sample) -> dict[str, Tensor]:
         features, cam = infer(net, sample, args, accelerator)
-        return picture_maps(net.bank, features, cam, sample.labels[None].to(features.device))
+        return picture_maps(net.bank, features, cam, sample.labels[None].to(features.device), args.maps)
 
-    return score_maps(splits, maps_of, names, args, accelerator)
+    return score_maps(splits, maps_of, args.maps, args, accelerator)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from common import (
     open_pictures,
     write_json,
 )
-from cpal_heads import HEADS, build, encoder, first_masks, losses
+from cpal_heads import HEADS, build, encoder, first_masks, load_backbone, losses
 from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
 from flags import add_shared, check_counts, check_threshold
 from progress import Plan, Progress
@@ -59,7 +59,11 @@ PLAN = Plan(
     },
     results={"classify": (), "seeds": ("maps", "sweeps"), "refine": ("pseudo_masks",), "segment": ("segmentation",)},
     free=("output", "resume", "stages", "device", "workers", "skip_broken", "ceiling"),
-    own={"refine": ("seed_map", "threshold", "refine"), "segment": ("segmentation", "segmentation_epochs")},
+    own={
+        "seeds": ("maps",),
+        "refine": ("seed_map", "threshold", "refine"),
+        "segment": ("segmentation", "segmentation_epochs"),
+    },
 )
 STAGES = PLAN.stages
 
@@ -91,10 +95,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What a head wants otherwise. On scenes, one seed, 10 epochs at a rate of 2e-3 gave MCTformer's maps 0.25 and at 5e-4
 # 0.35 (the plain CAM has 0.33), and affinity flooded them (0.14). The published rate is 5e-4 for 512 pictures a step.
+# AMN begins with a trained backbone, and so takes few epochs. Narrower networks keep to the minutes of the plain CAM.
 HEAD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "amn": {
+        "scenes": {"backbone": "small:24", "first_epochs": 16, "epochs": 4, "weight": 1.0, "segmentation_epochs": 3},
+        "scratch": {"backbone": "small:24", "first_epochs": 60, "epochs": 20, "crop": 112},
+    },
     "mct": {
-        "scenes": {"lr": 5e-4, "epochs": 12},
-        "scratch": {"lr": 5e-4},
+        "scenes": {"backbone": "small:24", "lr": 5e-4, "epochs": 12, "weight": 1.0, "segmentation_epochs": 3},
+        "scratch": {"backbone": "small:24", "lr": 5e-4, "epochs": 60, "crop": 112},
         "paper-voc": {"backbone": "deit_small_patch16_224", "lr": 2e-5, "affinity": True},
         "paper-coco": {"backbone": "deit_small_patch16_224", "lr": 2e-5, "affinity": True},
     },
@@ -112,6 +121,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--head", choices=HEADS, default="cam", help="the plain CAM, AMN's or MCTformer's network")
     group.add_argument("--backbone", help="'small', 'small:WIDTH' or a timm name")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction)
+    group.add_argument(
+        "--weights", type=Path, help="checkpoint/classify.pt of a run whose backbone this one begins with"
+    )
     group.add_argument("--size", type=int, help="test pictures get the area of a square of this side, in pixels")
     group.add_argument(
         "--scales", type=float, nargs="+", help="test scales, each also mirrored; maps have the grid of the first"
@@ -123,6 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--lr", type=float)
     group = parser.add_argument_group("heads of other papers")
     group.add_argument("--masks", type=Path, help="amn: folder of the masks to learn from, such as RUN/pseudo_masks")
+    group.add_argument("--first-epochs", type=int, help="amn: of the run that makes its masks")
     group.add_argument("--smoothing", type=float, default=0.4, help="amn: of the labels")
     group.add_argument("--rates", type=int, nargs="+", help="amn: dilations")
     group.add_argument("--fusion", choices=get_args(Fusion), default="v2", help="mct: how its two maps become one")
@@ -132,6 +145,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--start", type=float, default=0.75, help="share of the epochs before the bank's loss counts")
     group.add_argument("--bank", nargs="*", metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
     group = parser.add_argument_group("masks and segmentation")
+    group.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), help="to make and score (default: all)")
     group.add_argument("--seed-map", choices=MAPS, help="map of the pseudo masks (default: pacam, or cam with 'none')")
     group.add_argument("--threshold", default="otsu", help="otsu, sweep (uses masks), or a number")
     group.add_argument("--refine", default="pamr", help="pamr, none, or package.module:function")
@@ -146,6 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, value)
     args.seed_map = args.seed_map or ("pacam" if args.method == "cpal" else "cam")
     args.eval_data = args.eval_data or args.data
+    args.first_epochs = args.epochs if args.first_epochs is None else args.first_epochs
     return args
 
 
@@ -202,10 +217,15 @@ def segment(
 
 def check(args: argparse.Namespace) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
-    check_counts(args, ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes"))
+    counts = ("size", "crop", "epochs", "first_epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes")
+    check_counts(args, counts)
     if args.masks is not None and (args.head != "amn" or not args.masks.is_dir()):
         problem = f"no such folder: {args.masks}" if args.head == "amn" else "only --head amn learns from masks"
         raise SystemExit(f"--masks: {problem}")
+    if args.seed_map not in args.maps:
+        raise SystemExit(f"--seed-map: {args.seed_map} is not among --maps {' '.join(args.maps)}")
+    if args.weights is not None and not args.weights.is_file():
+        raise SystemExit(f"--weights: no such file: {args.weights}")
     check_threshold(args.threshold)
     try:
         network = build(args, 1, pretrained=False)
@@ -257,6 +277,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator)
     progress = Progress(PLAN, args, accelerator, began)
     if progress.wants("classify"):
         first_masks(args, argv, lambda flags: run(parse(flags), flags, accelerator))
+        if args.weights is not None:
+            load_backbone(cam, args.weights)
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
         restore(net, args)

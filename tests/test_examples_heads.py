@@ -9,11 +9,13 @@ import pytest
 from protoseg.data.scenes import Scenes
 from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run
 
+AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]
+
 
 @pytest.fixture(scope="module")
 def amn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("amn")
-    run(output, "--head", "amn", "--start", "0")
+    run(output, *AMN)
     return output
 
 
@@ -31,15 +33,39 @@ def test_amn_learns_from_masks_that_it_makes_itself(amn: Path) -> None:
 
 
 def test_amn_takes_given_masks_and_makes_the_same_of_them(amn: Path, tmp_path: Path) -> None:
-    given = run(tmp_path, "--head", "amn", "--start", "0", "--masks", str(amn / "first" / "pseudo_masks"))
+    first = amn / "first"
+    given = ("--masks", str(first / "pseudo_masks"), "--weights", str(first / "checkpoint" / "classify.pt"))
+    metrics = run(tmp_path, *AMN, *given)
     assert not (tmp_path / "first").exists()
-    assert_equal(findings(given), findings(read(amn)))
+    assert_equal(findings(metrics), findings(read(amn)))
+
+
+def test_weights_are_where_training_begins(amn: Path, tmp_path: Path) -> None:
+    path = amn / "first" / "checkpoint" / "classify.pt"
+    run(tmp_path, "--weights", str(path), "--lr", "0", "--epochs", "1", "--stages", "classify")
+    before, after = checkpoint(amn / "first")["model"], checkpoint(tmp_path)["model"]
+    learnt = [
+        key for key in before if key.startswith("backbone.") and "running" not in key and "num_batches" not in key
+    ]
+    assert len(learnt) > 10
+    for key in learnt:
+        assert_equal(after[key], before[key])
+    with pytest.raises(SystemExit, match=r"--weights: .* is of another backbone"):
+        run(tmp_path / "wide", "--backbone", "small:12", "--weights", str(path))
+
+
+def test_a_map_that_needs_no_memory_is_the_same_without(amn: Path, tmp_path: Path) -> None:
+    alone = read(amn / "first")
+    assert set(alone["maps"]["eval"]) == {"cam"}
+    full = run(tmp_path, "--method", "none", "--stages", "classify", "seeds")
+    for split in ("train", "eval"):
+        assert_equal(full["maps"][split]["cam"], alone["maps"][split]["cam"])
 
 
 def test_a_stopped_run_of_amn_goes_on(amn: Path, tmp_path: Path) -> None:
-    run(tmp_path, "--head", "amn", "--start", "0", "--stages", "classify")
+    run(tmp_path, *AMN, "--stages", "classify")
     (tmp_path / "checkpoint" / "progress.json").write_text('{"stages": {}}')  # stopped behind the last epoch
-    resumed = run(tmp_path, "--head", "amn", "--start", "0", "--resume")
+    resumed = run(tmp_path, *AMN, "--resume")
     assert_equal(findings(resumed), findings(read(amn)))
 
 
@@ -58,6 +84,10 @@ def test_what_does_not_fit_stops_at_once(tmp_path: Path) -> None:
         main(["--output", str(tmp_path), "--masks", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"--masks: no such folder: .*nothing"):
         main(["--output", str(tmp_path), "--head", "amn", "--masks", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"--weights: no such file: .*nothing"):
+        main(["--output", str(tmp_path), "--weights", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="--seed-map: pacam is not among --maps cam"):
+        main(["--output", str(tmp_path), "--maps", "cam"])
     with pytest.raises(SystemExit, match="--backbone: "):
         main(["--output", str(tmp_path), "--head", "mct", "--backbone", "small:wide"])
     with pytest.raises(SystemExit, match="--backbone: TimmTransformer: resnet18 is no plain vision transformer"):
