@@ -40,6 +40,15 @@ def floating(where: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{where}: {name} must be floating point, got {value.dtype}; call {name}.float()")
 
 
+def device(where: str, name: str, value: Tensor, expected: torch.device) -> None:
+    """Raise ``ValueError`` unless ``value`` is where the module's state is."""
+    if value.device != expected:
+        raise ValueError(
+            f"{where}: {name} must be on the module's device {expected}, got {value.device}; move the module or {name} "
+            "with .to(device)"
+        )
+
+
 def finite(where: str, name: str, value: Tensor) -> None:
     """Raise ``ValueError`` when ``value`` holds NaN or infinity (one synchronisation with the device)."""
     # Most often one pass will do: a sum is finite only where every value is. Finite values may overflow in it.

@@ -135,7 +135,8 @@ class ContextPrototypeBank(nn.Module):
         - output: :class:`ContextPrototypes`
 
     Raises:
-        ValueError: Sizes or options out of range, wrong shapes, values that are not finite, labels not 0 or 1.
+        ValueError: Sizes or options out of range, wrong shapes or devices, values that are not finite, labels that are
+            neither 0 nor 1.
         TypeError: Something is no tensor, or features or CAM are not floating point.
         RuntimeError: A ``state_dict`` of another size.
 
@@ -363,6 +364,8 @@ class ContextPrototypeBank(nn.Module):
         _checks.floating(me, "cam", cam)
         _checks.not_empty(me, "features", features)
         _checks.not_empty(me, "cam", cam)
+        for name, value in (("features", features), ("cam", cam), ("labels", labels)):
+            _checks.device(me, name, value, self.bank.device)
         wanted = features.device.type == "cpu" if self.check_values is None else self.check_values
         if wanted and not torch.compiler.is_compiling():
             _checks.finite(me, "features", features)

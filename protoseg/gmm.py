@@ -105,7 +105,7 @@ class GMMPrototypeRegularizer(nn.Module):
         - output: :class:`GroupPrototypes`
 
     Raises:
-        ValueError: Sizes or options out of range, wrong shapes, values that are not finite.
+        ValueError: Sizes or options out of range, wrong shapes or devices, values that are not finite.
         TypeError: Something is no tensor or not floating point.
         RuntimeError: A ``state_dict`` of another size.
 
@@ -277,6 +277,7 @@ class GMMPrototypeRegularizer(nn.Module):
         for name, value in (("tokens", tokens), ("group_tokens", group_tokens)):
             _checks.floating(me, name, value)
             _checks.not_empty(me, name, value)
+            _checks.device(me, name, value, self.mu.device)
         if mask is not None:
             _checks.shape(me, "token_mask", mask, tokens.shape[:2], "True where a token counts")
             if mask.dtype != torch.bool:

@@ -350,6 +350,8 @@ def test_bad_input() -> None:
         module(tokens, groups[:2])
     with pytest.raises(ValueError, match="group_tokens must not be empty"):
         module(tokens, groups[:, :0])
+    with pytest.raises(ValueError, match="group_tokens must be on the module's device cpu, got meta; move"):
+        module(tokens, groups.to("meta"))
     with pytest.raises(TypeError, match=r"tokens must be floating point, got torch\.int64"):
         module(tokens.long(), groups)
     with pytest.raises(ValueError, match="tokens must be finite, got 1 NaN or infinite"):
