@@ -21,6 +21,7 @@ from protoseg.functional import prototype_cam
 from protoseg.metrics import ConfusionMatrix
 
 MAPS = ("cam", "instance", "pacam")
+KEPT = 2**30  # bytes of features and CAM that a process keeps from filling the bank until it makes the maps
 SIDE = 32  # what the sides of a segmentation network's pictures must be multiples of
 
 
@@ -52,8 +53,14 @@ def picture_maps(
 
 
 @torch.no_grad()
-def fill(net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Fill the bank anew with the instances that the final network sees in the training pictures, and cluster it."""
+def fill(
+    net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fill the bank anew with the instances that the final network sees in the training pictures, and cluster it.
+
+    Returns what this process saw in its first pictures by their names, so that they need not be run again.
+    """
+    known, room = {}, KEPT
     net.bank.reset_parameters()
     net.bank.train()
     world, main = accelerator.num_processes, accelerator.is_main_process
@@ -62,9 +69,14 @@ def fill(net: Network, pictures: Pictures, args: argparse.Namespace, accelerator
         sample = pictures[min(index, len(pictures) - 1)]
         # Every process must call the bank equally often: one without a picture left brings no label.
         labels = sample.labels * (index < len(pictures))
-        net.bank(*infer(net, sample, args, accelerator), labels[None].to(accelerator.device))
+        seen = infer(net, sample, args, accelerator)
+        net.bank(*seen, labels[None].to(accelerator.device))
+        room -= sum(each.nbytes for each in seen)
+        if room >= 0 and index < len(pictures):
+            known[sample.id] = seen
     net.bank.refresh()
     net.bank.eval()
+    return known
 
 
 @torch.no_grad()
@@ -74,11 +86,11 @@ def seeds(
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
     net.bank.eval()
-    if "pacam" in args.maps:  # the only one that needs the memory
-        fill(net, splits["train"], args, accelerator)
+    # Only "pacam" needs the memory.
+    known = fill(net, splits["train"], args, accelerator) if "pacam" in args.maps else {}
 
     def maps_of(sample: Sample) -> dict[str, Tensor]:
-        features, cam = infer(net, sample, args, accelerator)
+        features, cam = known.pop(sample.id) if sample.id in known else infer(net, sample, args, accelerator)
         return picture_maps(net.bank, features, cam, sample.labels[None].to(features.device), args.maps)
 
     return score_maps(splits, maps_of, args.maps, args, accelerator)
