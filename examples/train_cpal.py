@@ -9,8 +9,9 @@ Stages: ``classify`` trains the CAM network, with the bank's loss under ``--meth
 the final network and writes and scores the maps ``cam``, ``instance`` and ``pacam``; ``refine`` turns one of them into
 pseudo masks; ``segment`` trains a segmentation network on those. With ``--method none`` the bank is filled all the
 same, so that its ``pacam`` shows what the memory does without the loss. ``--head amn`` learns from masks and not from
-tags: those of ``--masks``, or of a run of ``--head cam`` that it makes itself in ``first/``. ``--resume`` goes on with
-a stopped run; ``--stages`` without it runs these stages anew on what the earlier ones left.
+tags: those of ``--masks``, or of a run of ``--head cam`` that it makes itself in ``first/``, with whose backbone it
+begins. ``--resume`` goes on with a stopped run; ``--stages`` without it runs these stages anew on what the earlier ones
+left.
 """
 
 from __future__ import annotations
@@ -301,7 +302,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], accelerator: Accelerator)
     metrics = progress.metrics(args.method, PACKAGES, head=args.head, broken=broken)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
-        title = f"CPAL on {Path(args.data).name}: {args.method}, seed {args.seed}"
+        head = "" if args.head == "cam" else f" with head {args.head}"
+        title = f"CPAL on {Path(args.data).name}: {args.method}{head}, seed {args.seed}"
         report(title, metrics, progress.found, pictures, args)
     return metrics
 
