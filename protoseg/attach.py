@@ -60,6 +60,8 @@ class Tap:
         bank: A :class:`protoseg.ContextPrototypeBank`; without one the tap only gives ``features`` and ``cam``.
         channels: The CAM's channel of each class in the order of the labels, such as ``range(1, 21)`` where channel 0
             is background. By default all channels, as they are.
+        background: Channel of the CAM that scores background, which is then subtracted from the others: what is left
+            is a class's log odds against it, where a softmax over both makes the published map.
         reshape: For tokens ``[B, L, D]``: how many of them come before a square of patches, or a function to
             ``[B, D, h, w]``.
         forwards: Forward passes that make one step (two views, several scales), each of all pictures.
@@ -68,8 +70,8 @@ class Tap:
         bank: As given.
 
     Raises:
-        ValueError: There is no such layer (near names are listed), ``channels`` is empty or below 0, or ``forwards``
-            is below 1.
+        ValueError: There is no such layer (near names are listed), ``channels`` is empty or below 0, ``background``
+            is not a channel beside them, or ``forwards`` is below 1.
         TypeError: ``cam`` is neither a name nor callable, or a layer's output holds no tensor.
 
     Example:
@@ -95,6 +97,7 @@ class Tap:
         cam: str | Callable[[Tensor], Tensor] | None = None,
         bank: ContextPrototypeBank | None = None,
         channels: Sequence[int] | None = None,
+        background: int | None = None,
         reshape: Callable[[Tensor], Tensor] | int | None = None,
         forwards: int = 1,
     ) -> None:
@@ -104,6 +107,11 @@ class Tap:
         self._channels = None if channels is None else list(channels)
         if self._channels is not None and min(self._channels, default=-1) < 0:
             raise ValueError(f"attach: channels must be one or more numbers of at least 0, got {self._channels}")
+        if background is not None and (self._channels is None or background < 0 or background in self._channels):
+            raise ValueError(
+                f"attach: background must be a channel beside those in channels, got {background} beside {channels}"
+            )
+        self._background = background
         self._reshape = reshape
         self._forwards = forwards
         self._devices = getattr(network, "device_ids", None) or []
@@ -265,11 +273,14 @@ class Tap:
         found = []
         for features, captured in self._read():
             cam = self._cam_of(features, captured)
+            named = [*(self._channels or ()), *(() if self._background is None else (self._background,))]
+            if max(named, default=0) >= cam.shape[1]:
+                raise ValueError(
+                    f"attach: channels and background must be below the CAM's {cam.shape[1]} channels, got {max(named)}"
+                )
+            if self._background is not None:
+                cam = cam - cam[:, self._background, None]
             if self._channels is not None:
-                if max(self._channels) >= cam.shape[1]:
-                    raise ValueError(
-                        f"attach: channels must be below the CAM's {cam.shape[1]} channels, got {max(self._channels)}"
-                    )
                 cam = cam[:, self._channels]
             found.append((features, cam))
         return found

@@ -35,7 +35,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Call]] = {
     "amn first": (AMNFirst, {"features": "stage4", "cam": "classifier"}, lambda net, x, y: net(x)),
     "amn": (
         AMN,
-        {"features": "classifier.1:input", "cam": "classifier", "channels": range(1, C + 1)},
+        {"features": "stage4", "cam": "classifier", "channels": range(1, C + 1), "background": 0},
         lambda net, x, y: net(x, y),
     ),
     "sipe": (SIPE, {"features": "stage4", "cam": "classifier"}, lambda net, x, y: net(x, masks(y))),
@@ -119,6 +119,9 @@ def test_channels_give_the_order_of_the_labels() -> None:
     with attach(network, features="classifier.1:input", cam="classifier", channels=[2, 4]) as tap:
         logits = network(x, y)
         assert torch.equal(tap.cam, logits[:, [2, 4]])
+    with attach(network, features="stage4", cam="classifier", channels=[2, 4], background=1) as tap:
+        logits = network(x, y)
+        assert torch.equal(tap.cam, logits[:, [2, 4]] - logits[:, 1:2])
 
 
 def test_tokens_become_a_map_row_by_row() -> None:

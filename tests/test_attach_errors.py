@@ -49,6 +49,9 @@ class TestErrors:
         for channels in ([], [-1, 2]):
             with pytest.raises(ValueError, match="channels must be one or more numbers of at least 0"):
                 attach(network, features="stage4", channels=channels)
+        for channels, background in ((None, 0), ([1, 2], 1), ([1, 2], -1)):
+            with pytest.raises(ValueError, match="background must be a channel beside those in channels, got"):
+                attach(network, features="stage4", channels=channels, background=background)
         with pytest.raises(ValueError, match="forwards must be above 0"):
             attach(network, features="stage4", forwards=0)
 
@@ -60,6 +63,10 @@ class TestErrors:
         with attach(network, features="stage4", cam="classifier", channels=range(1, 9)) as tap:
             network(x)
             with pytest.raises(ValueError, match="below the CAM's 4 channels, got 8"):
+                _ = tap.cam
+        with attach(network, features="stage4", cam="classifier", channels=[1], background=7) as tap:
+            network(x)
+            with pytest.raises(ValueError, match="below the CAM's 4 channels, got 7"):
                 _ = tap.cam
         other = SIPE()
         with attach(other, features="backbone", cam="classifier") as tap:  # a list, that is never called

@@ -30,18 +30,18 @@ class TestAMN:
         torch.manual_seed(0)
         return AMNNetwork(SmallResNet(4), 3, rates=(1, 2, 30))
 
-    def test_maps_are_shares_of_the_pictures_own_classes(self) -> None:
+    def test_maps_are_log_odds_of_the_pictures_own_classes_against_background(self) -> None:
         out = self.network()(torch.rand(2, 3, 32, 48), LABELS)
         assert out.logits.shape == (2, 4, 4, 6)
         assert (out.cam[0, 1] == 0).all()
         shares = out.logits[0, [0, 1, 3]].softmax(0)
-        torch.testing.assert_close(out.cam[0, [0, 2]], shares[1:])
+        torch.testing.assert_close(out.cam[0, [0, 2]], (shares[1:] / shares[0]).log(), rtol=1e-4, atol=1e-5)
 
     def test_against_the_equation(self) -> None:
         network, x = self.network().eval(), torch.rand(2, 3, 32, 48)
         out = network(x, LABELS)
-        conditioned = network.backbone(x) * network.label_encoder(LABELS.float())[:, :, None, None]
-        torch.testing.assert_close(out.features, conditioned)
+        torch.testing.assert_close(out.features, network.backbone(x))
+        conditioned = out.features * network.label_encoder(LABELS.float())[:, :, None, None]
         want = sum(
             F.conv2d(conditioned, conv.weight, conv.bias, padding=rate, dilation=rate)
             for conv, rate in zip(network.atrous, (1, 2, 30), strict=True)

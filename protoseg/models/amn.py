@@ -20,8 +20,8 @@ class AMNOutput(NamedTuple):
 
     Attributes:
         logits: ``[B, C+1, h, w]``, background in front, for :func:`activation_loss`.
-        features: ``[B, D, h, w]`` that the atrous convolutions see.
-        cam: ``[B, C, h, w]``, shares of the picture's own classes beside background; absent classes 0.
+        features: ``[B, D, h, w]`` of the backbone, before tags condition them.
+        cam: ``[B, C, h, w]``, logits less background's, above 0 where a class is likelier; absent classes 0.
     """
 
     logits: Tensor
@@ -32,12 +32,14 @@ class AMNOutput(NamedTuple):
 class AMNNetwork(nn.Module):
     r"""Class maps from a per-pixel classifier that knows which classes are in the picture.
 
-    .. math:: A = \sum_r \mathrm{conv}_r(F \odot W y), \qquad M_c(j) = \mathrm{softmax}_{c \in \{0\} \cup y} A_c(j)
+    .. math:: A = \sum_r \mathrm{conv}_r(F \odot W y), \qquad M_c(j) = A_c(j) - A_0(j)
 
     with the tags :math:`y` and 3x3 convolutions of dilation :math:`r`. After Lee, Kim and Shim, "Threshold Matters in
     WSSS: Manipulating the Activation for the Robust and Accurate Segmentation Model Against Thresholds", CVPR 2022; it
-    learns from masks that another network's CAM gave, by :func:`activation_loss`. The published code scales the
-    softmax once more by minimum and maximum within pixels that it trusts, which is left to the user.
+    learns from masks that another network's CAM gave, by :func:`activation_loss`. The published maps are shares of the
+    picture's classes and background (a softmax), scaled by minimum and maximum within pixels that other code trusts. As
+    smoothing keeps shares from 0, a bank would take background for objects: here the map is a class's log odds against
+    background. A bank is given features that the tags have not scaled, which can be compared between pictures.
 
     Args:
         backbone: Takes ``[B, 3, H, W]`` to ``[B, D, h, w]`` and has ``channels`` = ``D``.
@@ -90,11 +92,10 @@ class AMNNetwork(nn.Module):
         """Return logits, features and CAM. See the class for shapes and errors."""
         _checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
         features = self.backbone(images)
-        features = features * self.label_encoder(labels.to(features.dtype))[..., None, None]
-        dropped = self.dropout(features)
-        logits = torch.stack([conv(dropped) for conv in self.atrous]).sum(0)
-        absent = F.pad(labels == 0, (1, 0))[..., None, None]
-        return AMNOutput(logits, features, logits.masked_fill(absent, -torch.inf).softmax(1)[:, 1:])
+        conditioned = self.dropout(features * self.label_encoder(labels.to(features.dtype))[..., None, None])
+        logits = torch.stack([conv(conditioned) for conv in self.atrous]).sum(0)
+        odds = logits[:, 1:] - logits[:, :1]
+        return AMNOutput(logits, features, odds * (labels != 0)[..., None, None])
 
 
 def activation_loss(logits: Tensor, masks: Tensor, smoothing: float = 0.4) -> Tensor:
