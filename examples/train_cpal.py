@@ -107,7 +107,7 @@ HEAD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start": 0.5,
             "segmentation_epochs": 3,
         },
-        "scratch": {"backbone": "small:24", "first_epochs": 60, "epochs": 20, "crop": 112, "start": 0.5},
+        "scratch": {"backbone": "small:24", "first_epochs": 60, "epochs": 20, "crop": 112},
     },
     "mct": {
         "scenes": {"backbone": "small:24", "lr": 5e-4, "epochs": 12, "weight": 1.0, "segmentation_epochs": 3},
@@ -150,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--affinity", action=argparse.BooleanOptionalAction, help="mct: spread the map by attention")
     group = parser.add_argument_group("bank (see ContextPrototypeBank; defaults are its own)")
     group.add_argument("--weight", type=float, help="of the bank's loss (default: 1, for scenes 0.1)")
-    group.add_argument("--start", type=float, help="share of the epochs before the bank's loss counts (default: 0.75)")
+    group.add_argument("--start", type=float, default=0.75, help="share of the epochs before the bank's loss counts")
     group.add_argument("--bank", nargs="*", metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
     group = parser.add_argument_group("masks and segmentation")
     group.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), help="to make and score (default: all)")
@@ -162,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--ceiling", action="store_true", help="also train on the true masks, to compare")
     args = parser.parse_args(argv)
     args.preset = args.preset or ("scenes" if args.data == "scenes" else "scratch")
-    rest = {"pretrained": False, "bank": [], "weight": 1.0, "start": 0.75, "affinity": False}
+    rest = {"pretrained": False, "bank": [], "weight": 1.0, "affinity": False}
     for name, value in {**rest, **PRESETS[args.preset], **HEAD_PRESETS.get(args.head, {}).get(args.preset, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
