@@ -99,14 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # AMN begins with a trained backbone, and so takes few epochs. Narrower networks keep to the minutes of the plain CAM.
 HEAD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "amn": {
-        "scenes": {
-            "backbone": "small:24",
-            "first_epochs": 16,
-            "epochs": 4,
-            "weight": 1.0,
-            "start": 0.5,
-            "segmentation_epochs": 3,
-        },
+        "scenes": {"backbone": "small:24", "first_epochs": 16, "epochs": 4, "segmentation_epochs": 3},
         "scratch": {"backbone": "small:24", "first_epochs": 60, "epochs": 20, "crop": 112},
     },
     "mct": {
