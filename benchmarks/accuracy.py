@@ -149,6 +149,11 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
     def mean(method: str, split: str, key: str, field: str = "miou") -> float:
         return float(maps[f"{method}/{split}/{key}"][field]["mean"])
 
+    def gain(one: tuple[str, str], other: tuple[str, str], split: str) -> str:
+        a, b = (maps[f"{method}/{split}/{key}"]["miou"]["values"] for method, key in (one, other))
+        found = spread(x - y for x, y in zip(a, b, strict=True))
+        return f"{found['mean']:+.3f} ± {found['sd']:.3f}"
+
     text = (
         f"# Accuracy on {name}\n\n`{command}`; mean ± standard deviation over seeds {', '.join(map(str, seeds))}. mIoU "
     )
@@ -158,11 +163,11 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
 
     pairs = [("cpal", "pacam", "none", "cam"), ("cpal", "pacam", "none", "instance")]
     pairs += [("none", "pacam", "none", "cam"), ("cpal", "cam", "none", "cam")]
-    rows = []
-    for a, map_a, b, map_b in pairs:
-        gains = [f"{mean(a, split, map_a) - mean(b, split, map_b):+.3f}" for split in splits]
-        rows.append([f"`{map_a}` of {a} over `{map_b}` of {b}", *gains])
-    text += "\n## Gains\n\n" + table(["", *splits], rows)
+    rows = [
+        [f"`{map_a}` of {a} over `{map_b}` of {b}", *(gain((a, map_a), (b, map_b), split) for split in splits)]
+        for a, map_a, b, map_b in pairs
+    ]
+    text += "\n## Gains\n\nOf each seed.\n\n" + table(["", *splits], rows)
 
     if summary["parts"]:
         without_loss = {split: maps[f"none/{split}/pacam"]["miou"] for split in splits}
