@@ -102,7 +102,7 @@ def test_two_processes_score_every_picture_once(
 def test_amn_in_two_processes_makes_its_masks_first(tmp_path: Path) -> None:
     """Its first run must not end the processes' group."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
-    flags = "--batch 4 --head amn --first-epochs 2 --stages classify".split()
+    flags = ["--batch", "4", "--head", "amn", "--first-epochs", "2", "--stages", "classify"]
     command = [*launch, *SCENES, *flags, "--output", str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False, timeout=300
