@@ -161,7 +161,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, value)
     args.seed_map = args.seed_map or ("pacam" if args.method == "cpal" else "cam")
     args.eval_data = args.eval_data or args.data
-    args.first_epochs = args.epochs if args.first_epochs is None else args.first_epochs
+    if args.head == "amn" and args.first_epochs is None:
+        args.first_epochs = args.epochs
     return args
 
 
@@ -218,8 +219,8 @@ def segment(
 
 def check(args: argparse.Namespace) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
-    counts = ("size", "crop", "epochs", "first_epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes")
-    check_counts(args, counts)
+    counts = ("size", "crop", "epochs", "batch", "segmentation_epochs", "train_scenes", "eval_scenes")
+    check_counts(args, [*counts, *["first_epochs"] * (args.head == "amn")])
     if args.masks is not None and (args.head != "amn" or not args.masks.is_dir()):
         problem = f"no such folder: {args.masks}" if args.head == "amn" else "only --head amn learns from masks"
         raise SystemExit(f"--masks: {problem}")

@@ -84,6 +84,8 @@ def test_what_does_not_fit_stops_at_once(tmp_path: Path) -> None:
         main(["--output", str(tmp_path), "--masks", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"--masks: no such folder: .*nothing"):
         main(["--output", str(tmp_path), "--head", "amn", "--masks", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="--first-epochs: expected at least 1, got 0"):
+        main(["--output", str(tmp_path), "--head", "amn", "--first-epochs", "0"])
     with pytest.raises(SystemExit, match=r"--weights: no such file: .*nothing"):
         main(["--output", str(tmp_path), "--weights", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="--seed-map: pacam is not among --maps cam"):
