@@ -142,7 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--fusion", choices=get_args(Fusion), default="v2", help="mct: how its two maps become one")
     group.add_argument("--affinity", action=argparse.BooleanOptionalAction, help="mct: spread the map by attention")
     group = parser.add_argument_group("bank (see ContextPrototypeBank; defaults are its own)")
-    group.add_argument("--weight", type=float, help="of the bank's loss (default: 1, for scenes 0.1)")
+    group.add_argument("--weight", type=float, help="of the bank's loss (default: 1, for scenes 0.1 but for mct 1)")
     group.add_argument("--start", type=float, default=0.75, help="share of the epochs before the bank's loss counts")
     group.add_argument("--bank", nargs="*", metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
     group = parser.add_argument_group("masks and segmentation")

@@ -61,7 +61,7 @@ class Tap:
         channels: The CAM's channel of each class in the order of the labels, such as ``range(1, 21)`` where channel 0
             is background. By default all channels, as they are.
         background: Channel of the CAM that scores background, which is then subtracted from the others: what is left
-            is a class's log odds against it, where a softmax over both makes the published map.
+            is a class's log odds against it, where a softmax over both makes the published map. Needs ``channels``.
         reshape: For tokens ``[B, L, D]``: how many of them come before a square of patches, or a function to
             ``[B, D, h, w]``.
         forwards: Forward passes that make one step (two views, several scales), each of all pictures.

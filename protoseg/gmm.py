@@ -280,6 +280,7 @@ class GMMPrototypeRegularizer(nn.Module):
             _checks.device(me, name, value, self.mu.device)
         if mask is not None:
             _checks.shape(me, "token_mask", mask, tokens.shape[:2], "True where a token counts")
+            _checks.device(me, "token_mask", mask, self.mu.device)
             if mask.dtype != torch.bool:
                 raise TypeError(f"{me}: token_mask must be bool, got {mask.dtype}; True where a token counts")
         if self.compat is not None:

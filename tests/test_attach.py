@@ -7,7 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_tokens_become_a_map_row_by_row() -> None:
 
 
 class TestSeveralForwardPasses:
-    NAMES: dict[str, Any] = {"features": "stage4", "cam": "classifier"}  # noqa: RUF012
+    NAMES: ClassVar[dict[str, Any]] = {"features": "stage4", "cam": "classifier"}
 
     def test_views_of_one_step_are_averaged_and_stored_once(self) -> None:
         network, (x, y) = AMNFirst(), pictures()

@@ -358,6 +358,8 @@ def test_bad_input() -> None:
         module(tokens.index_put((torch.tensor(0),) * 3, torch.tensor(math.nan).double()), groups)
     with pytest.raises(ValueError, match=r"token_mask must have shape \(3, 11\)"):
         module(tokens, groups, torch.ones(B, L - 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="token_mask must be on the module's device cpu, got meta"):
+        module(tokens, groups, torch.ones(B, L, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match=r"token_mask must be bool, got torch\.float32"):
         module(tokens, groups, torch.ones(B, L))
     with pytest.raises(ValueError, match="knows no token_mask"):

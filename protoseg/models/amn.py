@@ -34,12 +34,13 @@ class AMNNetwork(nn.Module):
 
     .. math:: A = \sum_r \mathrm{conv}_r(F \odot W y), \qquad M_c(j) = A_c(j) - A_0(j)
 
-    with the tags :math:`y` and 3x3 convolutions of dilation :math:`r`. After Lee, Kim and Shim, "Threshold Matters in
-    WSSS: Manipulating the Activation for the Robust and Accurate Segmentation Model Against Thresholds", CVPR 2022; it
-    learns from masks that another network's CAM gave, by :func:`activation_loss`. The published maps are shares of the
-    picture's classes and background (a softmax), scaled by minimum and maximum within pixels that other code trusts. As
-    smoothing keeps shares from 0, a bank would take background for objects: here the map is a class's log odds against
-    background. A bank is given features that the tags have not scaled, which can be compared between pictures.
+    with the backbone's features :math:`F`, the tags :math:`y`, a linear layer :math:`W`, 3x3 convolutions of dilation
+    :math:`r`, and background as class 0. After Lee, Kim and Shim, "Threshold Matters in WSSS: Manipulating the
+    Activation for the Robust and Accurate Segmentation Model Against Thresholds", CVPR 2022; it learns from masks that
+    another network's CAM gave, by :func:`activation_loss`. The published maps are shares of the picture's classes and
+    background (a softmax), scaled by minimum and maximum within what IRN takes for foreground. As smoothing keeps
+    shares from 0, a bank would take background for objects: here the map is a class's log odds against background. A
+    bank is given features that the tags have not scaled, which can be compared between pictures.
 
     Args:
         backbone: Takes ``[B, 3, H, W]`` to ``[B, D, h, w]`` and has ``channels`` = ``D``.
