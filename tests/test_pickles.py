@@ -31,6 +31,21 @@ class Settings(dict[str, Any]):
         self.flag = True
 
 
+class Scripted(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated", "ignore:.*TorchScript archive")
+def test_code_in_a_torchscript_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.jit.script(Scripted()).save(tmp_path / "scripted.pt")
+    ran: list[str] = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **options: ran.append("loaded"))
+    with pytest.raises(ValueError, match=r"scripted\.pt: a TorchScript archive, which holds code; .*state_dict"):
+        read_checkpoint(tmp_path / "scripted.pt")
+    assert not ran
+
+
 @pytest.mark.parametrize("new_format", [True, False])
 def test_tensors_are_read_and_nothing_is_run(new_format: bool, tmp_path: Path) -> None:
     tensors = collections.OrderedDict(

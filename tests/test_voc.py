@@ -273,6 +273,22 @@ def test_truncated_files(root: Path, name: str, part: float) -> None:
     assert str(caught.value).startswith(str(root / name))
 
 
+@pytest.mark.parametrize("name", ["JPEGImages/a.jpg", "SegmentationClass/a.png"])
+def test_a_picture_starts_no_other_program(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: ran.append("gs"))
+    (root / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n%%EndComments\n%%EOF\n")
+    with pytest.raises(UnreadableFileError, match=rf"{name}: cannot be read \(it is none of BMP, GIF, JPEG, .*\)"):
+        VOCFolder(root, "val")[0]
+    assert not ran
+
+
+def test_a_telephone_s_jpg_with_two_pictures_is_read(root: Path) -> None:
+    pictures = [Image.new("RGB", (9, 6), color) for color in ("red", "blue")]
+    pictures[0].save(root / "JPEGImages" / "a.jpg", "MPO", save_all=True, append_images=pictures[1:])
+    assert VOCFolder(root, "val")[0].image[0].min() > 200
+
+
 def test_mask_of_another_size(root: Path) -> None:
     save_mask(root / "SegmentationClass" / "a.png", np.zeros((9, 6), np.uint8))
     with pytest.raises(UnreadableFileError, match=r"a\.png: the mask has \(H, W\) = \(9, 6\), its picture \(6, 9\)"):

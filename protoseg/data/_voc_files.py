@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 _ENDINGS = (".jpg", ".jpeg", ".png")
+# What Pillow may take a file for, whatever its name says: for some other formats, such as PostScript, it starts another
+# program. JPEG stands for MPO as well, which many telephones write into a .jpg.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _LISTED = 5  # names shown in an error before "and n more"
 
 
@@ -147,11 +150,14 @@ def _open(path: Path) -> Image:
     """Return a picture with all of its pixels read."""
     module = pillow()
     try:
-        with module.open(path) as picture:
+        with module.open(path, formats=_FORMATS) as picture:
             picture.load()
             loaded: Image = picture
     except FileNotFoundError as error:
         raise UnreadableFileError(path, "no such file; add it or take its name out of the split") from error
+    except module.UnidentifiedImageError as error:
+        problem = f"cannot be read (it is none of {', '.join(_FORMATS)}); fetch or write the file again"
+        raise UnreadableFileError(path, problem) from error
     except (OSError, SyntaxError, ValueError, module.DecompressionBombError) as error:
         raise UnreadableFileError(path, f"cannot be read ({error}); fetch or write the file again") from error
     return loaded

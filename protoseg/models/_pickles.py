@@ -89,11 +89,27 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no PyTorch checkpoint.
+        ValueError: It is no PyTorch checkpoint, or a TorchScript archive, whose code loading would run.
     """
     with Path(path).open("rb"):
         pass
+
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path}: a TorchScript archive, which holds code; expected the weights alone; where it comes from, save "
+            "them with torch.save(model.state_dict(), FILE)"
+        )
+
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Pickle)
     except Exception as error:  # bytes that are no pickle can be read as anything, and fail in any way
         raise ValueError(f"{path}: not a PyTorch checkpoint, or a damaged one: {error}") from error
+
+
+def _is_torchscript(path: str | os.PathLike[str]) -> bool:
+    """Ask the reader that ``torch.load`` itself asks: it hands such an archive to ``torch.jit.load``, which runs it."""
+    try:
+        records = torch._C.PyTorchFileReader(os.fspath(path)).get_all_records()
+    except RuntimeError:  # no archive at all, but a bare pickle
+        return False
+    return "constants.pkl" in records
