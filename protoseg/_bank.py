@@ -6,68 +6,123 @@ contexts depends on a counter in the state, which a traced graph cannot branch o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from protoseg import _distributed
+from protoseg._statistics import factorize, merge, to_space
 from protoseg.functional import kmeans, mean_of, prototype_shift
 
 
 @torch.library.custom_op("protoseg::snapshot", mutates_args=())
 def snapshot(
-    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor, mean: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Copy what forward and backward read of the state, before the update changes it in place.
 
     An operator of its own because a compiler may drop a plain copy, or put it off until the backward pass.
     """
-    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone()
+    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone(), mean.clone(), factor.clone()
 
 
 @snapshot.register_fake
-def _(contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone()
+def _(
+    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor, mean: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone(), mean.clone(), factor.clone()
 
 
-@torch.library.custom_op(
-    "protoseg::update_bank",
-    mutates_args=("bank", "pointer", "count", "contexts", "context_valid", "shift", "centre", "step"),
-)
+class Memory(NamedTuple):
+    """The bank's buffers but its counter of steps; functions here change them in place.
+
+    Attributes:
+        bank: ``[R, Q, D]`` rings.
+        pointer: ``[R]`` int64, where each ring writes next.
+        stored: ``[R]`` int64, how many places are filled.
+        contexts: ``[R, K, D]``.
+        context_valid: ``[R, K]`` bool.
+        shift: ``[R, D]``.
+        centre: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
+            0 while one of them has none, or where background has no row.
+        weight: ``[]``, how many pictures mean and covariance stand for.
+        mean: ``[D]``.
+        covariance: ``[D, D]``, ``[D]`` or ``[0]``.
+        factor: Likewise.
+    """
+
+    bank: Tensor
+    pointer: Tensor
+    stored: Tensor
+    contexts: Tensor
+    context_valid: Tensor
+    shift: Tensor
+    centre: Tensor
+    weight: Tensor
+    mean: Tensor
+    covariance: Tensor
+    factor: Tensor
+
+
+@torch.library.custom_op("protoseg::update_bank", mutates_args=(*Memory._fields, "step"))
 def update_bank(
     instances: Tensor,
     valid: Tensor,
+    pixels: Tensor,
+    total: Tensor,
+    scatter: Tensor,
     bank: Tensor,
     pointer: Tensor,
-    count: Tensor,
+    stored: Tensor,
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
     centre: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    factor: Tensor,
     step: Tensor,
+    retain: float,
     refresh_every: int,
+    shrinkage: float,
     num_contexts: int,
     background_contexts: int,
 ) -> None:
-    """Store the instances of all ranks, count the step and, when it is due, refresh the contexts.
+    """Store the instances and pixels of all ranks, count the step and, when it is due, refresh the contexts.
 
     Args:
         instances: ``[B, R, D]``, one row per class and, last, one for background where it has a bank.
         valid: ``[B, R]`` bool, the instances to store.
-        bank: ``[R, Q, D]`` rings.
-        pointer: ``[R]`` int64, where each ring writes next.
-        count: ``[R]`` int64, how many places are filled.
-        contexts: ``[R, K, D]``.
-        context_valid: ``[R, K]`` bool.
-        shift: ``[R, D]``.
-        centre: ``[D]``.
+        pixels: ``[]``, the weight of what ``total`` and ``scatter`` sum, see :func:`protoseg._statistics.moments`.
+        total: ``[D]``.
+        scatter: ``[D, D]``, ``[D]`` or ``[0]``.
+        bank: See :class:`Memory`.
+        pointer: See :class:`Memory`.
+        stored: See :class:`Memory`.
+        contexts: See :class:`Memory`.
+        context_valid: See :class:`Memory`.
+        shift: See :class:`Memory`.
+        centre: See :class:`Memory`.
+        weight: See :class:`Memory`.
+        mean: See :class:`Memory`.
+        covariance: See :class:`Memory`.
+        factor: See :class:`Memory`.
         step: ``[]`` int64, updates so far.
-        refresh_every: Contexts are refreshed in the first update and every so many after it.
+        retain: Share of ``weight`` that stays.
+        refresh_every: Contexts are refreshed in the first update and every so many after it; 0: not now.
+        shrinkage: Of the covariance.
         num_contexts: Of a class.
         background_contexts: Of background, 0 where it has no bank.
     """
-    push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, count)
-    if int(step) % refresh_every == 0:
-        refresh(bank, count, contexts, context_valid, shift, centre, num_contexts, background_contexts)
+    push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, stored)
+    arrived, total, scatter = (_distributed.all_sum(value) for value in (pixels, total, scatter))
+    merge(weight, mean, covariance, arrived, total, scatter, retain)
+
+    if refresh_every and int(step) % refresh_every == 0:
+        rings = (bank, pointer, stored, contexts, context_valid, shift, centre)
+        refresh(Memory(*rings, weight, mean, covariance, factor), shrinkage, num_contexts, background_contexts)
     step += 1
 
 
@@ -75,15 +130,24 @@ def update_bank(
 def _(
     instances: Tensor,
     valid: Tensor,
+    pixels: Tensor,
+    total: Tensor,
+    scatter: Tensor,
     bank: Tensor,
     pointer: Tensor,
-    count: Tensor,
+    stored: Tensor,
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
     centre: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    factor: Tensor,
     step: Tensor,
+    retain: float,
     refresh_every: int,
+    shrinkage: float,
     num_contexts: int,
     background_contexts: int,
 ) -> None:
@@ -114,29 +178,18 @@ def push(instances: Tensor, valid: Tensor, bank: Tensor, pointer: Tensor, count:
 
 
 @torch.no_grad()
-def refresh(
-    bank: Tensor,
-    count: Tensor,
-    contexts: Tensor,
-    context_valid: Tensor,
-    shift: Tensor,
-    centre: Tensor,
-    num_contexts: int,
-    background_contexts: int,
-) -> None:
-    """Cluster every ring into contexts and measure each class's shift and the centre, in place.
+def refresh(memory: Memory, shrinkage: float, num_contexts: int, background_contexts: int) -> None:
+    """Factor the covariance, cluster every ring into contexts and measure each class's shift and the centre, in place.
 
     Args:
-        bank: ``[R, Q, D]``.
-        count: ``[R]``.
-        contexts: ``[R, K, D]``.
-        context_valid: ``[R, K]``.
-        shift: ``[R, D]``.
-        centre: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
-            0 while one of them has none, or where background has no row.
+        memory: Of which this changes ``factor``, ``contexts``, ``context_valid``, ``shift`` and ``centre``.
+        shrinkage: Of the covariance.
         num_contexts: Of a class.
         background_contexts: Of background, which then has the last row; 0 where it has none.
     """
+    bank, count, contexts, context_valid = memory.bank, memory.stored, memory.contexts, memory.context_valid
+    memory.factor.copy_(factorize(memory.covariance, shrinkage))
+
     # Rings fill from place 0: places that no class has reached yet need not be looked at.
     filled = max(1, int(count.max()))
     points = bank[:, :filled]
@@ -146,10 +199,18 @@ def refresh(
     classes = len(bank) - (background_contexts > 0)
     for part, size in ((slice(classes), num_contexts), (slice(classes, None), background_contexts)):
         if size:
-            clusters = kmeans(points[part], stored[part], num_clusters=size)
-            contexts[part, :size], context_valid[part, :size] = clusters.centres, clusters.valid
-    shift.copy_(prototype_shift(contexts, context_valid, points, stored))
+            members, valid = _clusters(points[part], stored[part], memory.factor, size)
+            contexts[part, :size], context_valid[part, :size] = members, valid
+
+    memory.shift.copy_(prototype_shift(contexts, context_valid, points, stored))
     if background_contexts:
         means, known = mean_of(points, stored), count > 0
         between = (mean_of(means[:-1], known[:-1]) + means[-1]) / 2
-        centre.copy_(between * (known[:-1].any() & known[-1]))
+        memory.centre.copy_(between * (known[:-1].any() & known[-1]))
+
+
+def _clusters(points: Tensor, stored: Tensor, factor: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cluster in the space of ``factor``; the means ``[R, K, D]`` of the clusters' points, and which there are."""
+    found = kmeans(to_space(points, factor), stored, num_clusters=size)
+    member = torch.nn.functional.one_hot(found.assignment, size).bool() & stored.unsqueeze(-1)
+    return mean_of(points.unsqueeze(1), member.transpose(1, 2)), found.valid

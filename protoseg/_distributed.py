@@ -65,3 +65,20 @@ def all_gather(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world)]
     dist.all_gather(parts, value)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def all_sum(value: Tensor) -> Tensor:
+    """Sum ``value`` over the ranks, without gradient.
+
+    Args:
+        value: Of the same shape on every rank.
+
+    Returns:
+        Likewise; ``value`` itself outside a process group.
+    """
+    if world_size() == 1:
+        return value
+    total = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -25,6 +25,7 @@ __all__ = [
     "Metric",
     "Mixture",
     "cosine_map",
+    "dot_map",
     "em",
     "full_precision",
     "judge",
@@ -35,6 +36,7 @@ __all__ = [
     "mean_direction",
     "mean_of",
     "metric_scale",
+    "mix",
     "positiveness",
     "prototype_cam",
     "prototype_shift",
@@ -216,11 +218,46 @@ def mean_direction(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     with torch.autocast(prototypes.device.type, enabled=False):
         prototypes = unit(full_precision(prototypes))
-        if weights is None:
-            return prototypes.mean(-2)
-        weights = full_precision(weights)
+        return prototypes.mean(-2) if weights is None else mix(prototypes, weights)
+
+
+def mix(prototypes: Tensor, weights: Tensor) -> Tensor:
+    r"""Average prototypes by weight, :math:`\sum_i w_i p_i / \sum_i w_i`.
+
+    Args:
+        prototypes: ``[..., K, D]``.
+        weights: ``[..., K]`` of at least 0, or bool, which may have more leading axes.
+
+    Returns:
+        ``[..., D]``; 0 where all weights are 0.
+
+    Example:
+        >>> mix(torch.tensor([[0.0, 4.0], [8.0, 0.0]]), torch.tensor([3.0, 1.0])).tolist()
+        [2.0, 3.0]
+    """
+    with torch.autocast(prototypes.device.type, enabled=False):
+        prototypes, weights = full_precision(prototypes), full_precision(weights)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(_EPS)
         return torch.einsum("...k,...kd->...d", weights, prototypes)
+
+
+def dot_map(features: Tensor, directions: Tensor, origin: Tensor | None = None) -> Tensor:
+    r"""Multiply features, seen from ``origin``, with directions; the moved features are never made.
+
+    Args:
+        features: ``[B, D, H, W]``.
+        directions: ``[B, N, D]``.
+        origin: ``[D]``, what to subtract from the features first.
+
+    Returns:
+        ``[B, N, H, W]``.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        flat, directions = full_precision(features).flatten(2), full_precision(directions)
+        scores = directions @ flat
+        if origin is not None:
+            scores = scores - (directions @ origin.to(flat.dtype)).unsqueeze(-1)
+        return scores.reshape(len(features), -1, *features.shape[-2:])
 
 
 def cosine_map(features: Tensor, directions: Tensor, origin: Tensor | None = None) -> Tensor:
@@ -235,13 +272,11 @@ def cosine_map(features: Tensor, directions: Tensor, origin: Tensor | None = Non
         ``[B, N, H, W]`` in ``[-1, 1]``.
     """
     with torch.autocast(features.device.type, enabled=False):
-        flat, directions = full_precision(features).flatten(2), full_precision(directions)
-        scores, lengths = directions @ flat, pixel_length(flat, origin)
-        if origin is not None:
-            scores = scores - (directions @ origin.to(flat.dtype)).unsqueeze(-1)
+        scores = dot_map(features, directions, origin)
+        lengths = pixel_length(full_precision(features).flatten(2), origin)
+        lengths = lengths.reshape(len(features), 1, *features.shape[-2:])
         far = lengths > 1e-12
-        scores = scores / torch.where(far, lengths, torch.ones_like(lengths)) * far
-        return scores.reshape(len(features), -1, *features.shape[-2:])
+        return scores / torch.where(far, lengths, torch.ones_like(lengths)) * far
 
 
 def prototype_cam(features: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> Tensor:

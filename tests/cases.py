@@ -12,6 +12,7 @@ from protoseg.context import ContextPrototypes
 
 C, D = 2, 5
 METRICS = ("dot", "cosine", "l1", "l2")
+SCORES = ("whitened", "diagonal", "dot", "cosine")
 BACKGROUNDS = ("contexts", "image", "one_minus_max")
 
 # Every option; the ring wraps and contexts are renewed within a few batches.
@@ -25,10 +26,15 @@ OPTIONS: dict[str, Any] = {
     "metric": "dot",
     "temperature": 0.3,
     "shift": True,
+    "score": "whitened",
+    "shrinkage": 0.3,
     "background": "contexts",
+    "background_weight": 0.8,
+    "locate": "map",
     "centre": True,
     "sharpness": 1.0,
     "refresh_every": 2,
+    "half_life": 5.0,
     "detach": "none",
 }
 

@@ -31,24 +31,33 @@ class LoopBank:
         metric: str,
         temperature: float,
         shift: bool,
+        score: str,
+        shrinkage: float,
         background: str,
+        background_weight: float,
+        locate: str,
         centre: bool,
         sharpness: float,
         refresh_every: int,
+        half_life: float,
         detach: str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_classes, self.dim, self.capacity, self.top_k = num_classes, dim, capacity, top_k
         self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
         self.metric, self.temperature, self.align = metric, temperature, shift
-        self.background, self.sharpness = background, sharpness
+        self.score, self.shrinkage, self.locate = score, shrinkage, locate
+        self.background, self.beta, self.sharpness = background, background_weight, sharpness
         self.refresh_every, self.detach = refresh_every, detach
         self.training = True
         self.sizes = [num_contexts] * num_classes
         if background == "contexts":
             self.sizes.append(background_contexts)
-        self.centred = centre and background == "contexts"
+        self.centred = centre and (score != "cosine" or background == "contexts")
         self.zero = torch.zeros(dim, dtype=dtype)
+        self.half_life = half_life
+        self.pixels: list[tuple[Tensor, float]] = []  # every pixel's feature and weight
+        self.factor = torch.eye(dim, dtype=dtype)
         self.rings: list[list[Tensor]] = [[] for _ in self.sizes]
         self.written = [0 for _ in self.sizes]
         self.contexts: list[dict[int, Tensor]] = [{} for _ in self.sizes]
@@ -57,11 +66,13 @@ class LoopBank:
         self.step = 0
 
     def __call__(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
+        """Maps and loss from the state that was, which then takes in the batch."""
         arrivals: list[dict[int, Tensor]] = []
         images = [self._image(*image, arrivals) for image in zip(features, cam, labels, strict=True)]
         loss, *maps = (torch.stack(values) for values in zip(*images, strict=True))
         shift = torch.stack(self.shift[: self.num_classes])
         if self.training:
+            self._measure(features)
             self._update(arrivals)
         return ContextPrototypes._make([loss.mean(), *maps, shift])
 
@@ -70,7 +81,6 @@ class LoopBank:
     ) -> tuple[Tensor, ...]:
         """Everything of one image in the order of ``ContextPrototypes``; what to store is appended to ``arrivals``."""
         classes, size = range(self.num_classes), features.shape[1:]
-        origin = self.centre if self.centred else self.zero
         present = [c for c in classes if labels[c]]
 
         cam = [features.new_zeros(size) for _ in classes]
@@ -78,18 +88,8 @@ class LoopBank:
             cam[c] = normalized(F.interpolate(raw[None, None, c], size, mode="bilinear")[0, 0])
 
         # Step 1: instances.
-        instances: dict[int, Tensor] = {}
-        for c in present:
-            inside = cam[c] > self.cam_threshold
-            if inside.any():
-                instances[c] = features[:, inside].mean(1)
-        valid = list(instances)
-        if present:
-            outside = torch.ones(size, dtype=torch.bool)
-            for c in present:
-                outside &= cam[c] < self.background_threshold
-            if outside.any():
-                instances[self.num_classes] = features[:, outside].mean(1)
+        instances = self._instances(features, cam, present)
+        valid = [c for c in instances if c < self.num_classes]
 
         # Steps 3 to 6: scores, under the state before this batch.
         weights = [[self.zero[0]] * self.top_k for _ in classes]
@@ -100,7 +100,7 @@ class LoopBank:
             total = sum(w for _, w, _ in neighbours)
             score[c] = features.new_zeros(size)
             for _, w, p in neighbours:
-                score[c] = score[c] + w / total * cosine(features, p, origin)
+                score[c] = score[c] + w / total * self._compare(features, p)
             if c < self.num_classes:
                 for place, (i, w, _) in enumerate(neighbours):
                     weights[c][place], selected[c][place] = w, i
@@ -108,10 +108,19 @@ class LoopBank:
         # Step 7: maps, with background in front.
         pacam = [features.new_zeros(size) for _ in classes]
         for c in valid:
-            if self.background == "one_minus_max":
-                pacam[c] = normalized(score[c])
+            behind = 0 if self.background == "one_minus_max" else self.beta * score[self.num_classes]
+            if self.score == "cosine" and self.background != "one_minus_max":
+                pacam[c] = (self.sharpness * (score[c] - behind) + 0.5).clamp(0, 1)
             else:
-                pacam[c] = (self.sharpness * (score[c] - score[self.num_classes]) + 0.5).clamp(0, 1)
+                pacam[c] = normalized(score[c] - behind)
+
+        # Where the stored instances are.
+        located = list(cam)
+        for c in valid:
+            if self.locate == "map" and self.contexts[c]:
+                located[c] = pacam[c].detach()
+        kept = self._instances(features, located, present)
+
         cam = [1 - torch.stack(cam).amax(0), *cam]
         pacam = [1 - torch.stack(pacam).amax(0), *pacam]
 
@@ -123,9 +132,9 @@ class LoopBank:
                 target = pacam[channel].detach() if self.detach == "pacam" else pacam[channel]
                 loss = loss + (m - target).abs().mean() / (len(valid) + 1)
 
-        arrivals.append(dict(instances))
-        if self.background != "contexts" or valid != present:
-            arrivals[-1].pop(self.num_classes, None)
+        arrivals.append({c: kept[c] for c in valid if c in kept})
+        if self.background == "contexts" and valid == present and self.num_classes in kept:
+            arrivals[-1][self.num_classes] = kept[self.num_classes]
         return (
             loss,
             torch.stack(pacam),
@@ -136,6 +145,55 @@ class LoopBank:
             torch.tensor(selected),
         )
 
+    def _instances(self, features: Tensor, maps: list[Tensor], present: list[int]) -> dict[int, Tensor]:
+        """The means of the classes where their maps are high, and of background where none is."""
+        instances: dict[int, Tensor] = {}
+        for c in present:
+            inside = maps[c] > self.cam_threshold
+            if inside.any():
+                instances[c] = features[:, inside].mean(1)
+        if present:
+            outside = torch.ones(features.shape[1:], dtype=torch.bool)
+            for c in present:
+                outside &= maps[c] < self.background_threshold
+            if outside.any():
+                instances[self.num_classes] = features[:, outside].mean(1)
+        return instances
+
+    @property
+    def origin(self) -> Tensor:
+        if not self.centred:
+            return self.zero
+        return self.centre if self.score == "cosine" else self._mean()
+
+    def _compare(self, features: Tensor, prototype: Tensor) -> Tensor:
+        if self.score == "cosine":
+            return cosine(features, prototype, self.origin)
+        inverse = (self.factor @ self.factor.T).inverse()
+        return torch.einsum("dhw,de,e->hw", features - self.origin[:, None, None], inverse, prototype - self.origin)
+
+    def _seen(self, vector: Tensor) -> Tensor:
+        """A vector in the space of step 3."""
+        return self.factor.inverse() @ vector
+
+    def _mean(self) -> Tensor:
+        total = sum(w for _, w in self.pixels)
+        return sum((w * x for x, w in self.pixels), self.zero) / total if self.pixels else self.zero
+
+    def _measure(self, features: Tensor) -> None:
+        if self.score == "cosine":
+            return
+        self.pixels = [(x, w * 0.5 ** (len(features) / self.half_life)) for x, w in self.pixels]
+        share = 1.0 / features[0, 0].numel()
+        self.pixels += [(x.detach(), share) for x in features.permute(0, 2, 3, 1).flatten(0, 2)]
+
+    def _covariance(self) -> Tensor:
+        mean, total = self._mean(), sum(w for _, w in self.pixels)
+        result = torch.zeros_like(self.factor)
+        for x, w in self.pixels:
+            result = result + w / total * torch.outer(x - mean, x - mean)
+        return result
+
     def _neighbours(self, c: int, instance: Tensor | None) -> list[tuple[int, Tensor, Tensor]]:
         """Indices, weights and prototypes that stand for class ``c`` in an image: steps 4 to 6."""
         known = self.contexts[c] if c < len(self.contexts) else {}
@@ -144,14 +202,18 @@ class LoopBank:
             return [] if instance is None else [(-1, one, instance)]
         if instance is None:
             return [(i, one, p) for i, p in known.items()]
-        origin = self.centre if self.centred else self.zero
-        anchor = instance - origin + self.shift[c] if self.align else instance - origin
-        everything = [p - origin for contexts in self.contexts for p in contexts.values()]
+        anchor = instance - self.origin + self.shift[c] if self.align else instance - self.origin
+        anchor = self._seen(anchor)
+        everything = [self._seen(p - self.origin) for contexts in self.contexts for p in contexts.values()]
         scale = sum(length(p, self.metric) for p in everything) / len(everything)
-        scores = [similarity(anchor, p - origin, self.metric) / (self.temperature * scale) for p in known.values()]
+        scores = [
+            similarity(anchor, self._seen(p - self.origin), self.metric) / (self.temperature * scale)
+            for p in known.values()
+        ]
         shares = torch.stack(scores).softmax(0)
         neighbours = list(zip(known, shares, known.values(), strict=True))
-        return sorted(neighbours, key=lambda neighbour: -neighbour[1].item())[: self.top_k]
+        neighbours.sort(key=lambda neighbour: -neighbour[1].item())
+        return neighbours if c == self.num_classes else neighbours[: self.top_k]
 
     def _update(self, arrivals: list[dict[int, Tensor]]) -> None:
         for instances in arrivals:
@@ -169,16 +231,23 @@ class LoopBank:
         self.step += 1
 
     def _refresh(self) -> None:
+        covariance = self._covariance() if self.pixels else torch.zeros_like(self.factor)
+        ridge = self.shrinkage * covariance.trace() / self.dim if self.pixels else 1.0
+        if self.score == "whitened":
+            self.factor = torch.linalg.cholesky(covariance + ridge * torch.eye(self.dim, dtype=covariance.dtype))
+        elif self.score == "diagonal":
+            self.factor = (covariance.diagonal() + ridge).sqrt().diag()
+
         self.contexts = [{} for _ in self.sizes]
         means: list[Tensor | None] = [None for _ in self.sizes]
         for row, ring in enumerate(self.rings):
             if not ring:
                 continue
             points = torch.stack(ring)
-            clusters = kmeans(points[None], num_clusters=self.sizes[row])
+            clusters = kmeans(torch.stack([self._seen(p) for p in ring])[None], num_clusters=self.sizes[row])
             for i in range(self.sizes[row]):
                 if clusters.valid[0, i]:
-                    self.contexts[row][i] = clusters.centres[0, i]
+                    self.contexts[row][i] = points[clusters.assignment[0] == i].mean(0)
             mean = points.mean(0)
             self.shift[row] = torch.stack(list(self.contexts[row].values())).mean(0) - mean
             means[row] = mean
@@ -204,8 +273,19 @@ class LoopBank:
             "context_valid": context_valid,
             "shift": torch.stack(self.shift),
             "centre": self.centre,
+            "weight": torch.as_tensor(sum(w for _, w in self.pixels), dtype=self.zero.dtype),
+            "mean": self._mean(),
+            **self._square(),
             "step": torch.tensor(self.step),
         }
+
+    def _square(self) -> dict[str, Tensor]:
+        covariance = self._covariance() if self.pixels else torch.zeros_like(self.factor)
+        if self.score == "whitened":
+            return {"covariance": covariance, "factor": self.factor}
+        if self.score == "diagonal":
+            return {"covariance": covariance.diagonal(), "factor": self.factor.diagonal()}
+        return {"covariance": self.zero[:0], "factor": self.zero[:0]}
 
 
 def normalized(scores: Tensor) -> Tensor:

@@ -8,7 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg import ContextPrototypeBank
-from tests.cases import BACKGROUNDS, METRICS, OPTIONS, C, D, assert_same, assert_same_output, batch, gradients, make
+from tests.cases import (
+    BACKGROUNDS,
+    METRICS,
+    OPTIONS,
+    SCORES,
+    C,
+    D,
+    assert_same,
+    assert_same_output,
+    batch,
+    gradients,
+    make,
+)
 from tests.oracles import LoopBank
 
 
@@ -32,8 +44,17 @@ class TestAgainstLoops:
             "shift": shift,
             "top_k": top_k,
             "detach": detach,
+            "score": "cosine" if top_k == 1 else "whitened",
         }
         self.compare(options, steps=6)
+
+    @pytest.mark.parametrize("locate", ["map", "cam"])
+    @pytest.mark.parametrize("centre", [True, False])
+    @pytest.mark.parametrize("background", BACKGROUNDS)
+    @pytest.mark.parametrize("score", SCORES)
+    def test_every_score(self, score: str, background: str, centre: bool, locate: str) -> None:
+        options = {"score": score, "background": background, "centre": centre, "locate": locate}
+        self.compare({**OPTIONS, **options}, steps=6)
 
     @pytest.mark.parametrize(
         "option",
@@ -81,8 +102,10 @@ class TestAgainstLoops:
 
 class TestMathematics:
     @pytest.mark.parametrize("background", ["contexts", "image"])
-    def test_gradient(self, background: str) -> None:
-        bank = make(steps=6, background=background).eval()
+    # A linear score is divided by its peak, which counts as a constant too: there the loops alone vouch for "none".
+    @pytest.mark.parametrize(("score", "detach"), [("cosine", "none"), ("whitened", "pacam")])
+    def test_gradient(self, score: str, detach: str, background: str) -> None:
+        bank = make(steps=6, background=background, score=score, detach=detach).eval()
         features, _, labels = batch(7)
         cam = torch.rand(2, C, 4, 5, dtype=torch.float64) - 0.3
         peak = cam == cam.amax((-2, -1), keepdim=True)  # It counts as a constant: hold it.
@@ -91,12 +114,15 @@ class TestMathematics:
             value: Tensor = bank(f, torch.where(peak, cam, c), labels).loss
             return value
 
-        assert torch.autograd.gradcheck(loss, (features.requires_grad_(), cam.clone().requires_grad_()), fast_mode=True)
+        inputs = (features.requires_grad_(detach == "none"), cam.clone().requires_grad_())
+        assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
 
     @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("score", SCORES)
     @pytest.mark.parametrize("background", BACKGROUNDS)
-    def test_scale_of_features_and_cam_does_not_matter(self, metric: str, background: str) -> None:
-        plain, scaled = (make(metric=metric, background=background) for _ in range(2))
+    def test_scale_of_features_and_cam_does_not_matter(self, score: str, metric: str, background: str) -> None:
+        # Of instances alone, before there is a factor, nothing is asked: that step is left out.
+        plain, scaled = (make(metric=metric, score=score, background=background, refresh_every=1) for _ in range(2))
         for step in range(5):
             features, cam, labels = batch(step)
             want, got = plain(features, cam, labels), scaled(64 * features, 8 * cam, labels)
@@ -119,7 +145,7 @@ class TestMathematics:
 
     def test_class_without_contexts_is_served_by_its_own_instance(self) -> None:
         features, cam, labels = batch(0)
-        out = make(background="one_minus_max")(features, cam, labels)
+        out = make(background="one_minus_max", score="cosine")(features, cam, labels)
         b, c = out.valid.nonzero()[0].tolist()
         cosine = F.cosine_similarity(features[b], out.instances[b, c, :, None, None], 0)
         assert_same(out.pacam[b, c + 1], cosine / cosine.max(), 1e-12)
@@ -127,7 +153,8 @@ class TestMathematics:
         assert (out.selected == -1).all()
 
     def test_image_without_background_is_judged_against_all_contexts_of_background(self) -> None:
-        bank = make(steps=6, num_contexts=1, top_k=1, sharpness=0.05).eval()
+        bank = make(steps=6, num_contexts=1, top_k=1, score="cosine", locate="cam").eval()
+        bank.background_weight, bank.sharpness = 1.0, 0.05
         assert bank.context_valid[-1].all()
         features, cam, _ = batch(7)
         out = bank(features, cam.abs() + 1, torch.ones(2, C))
@@ -136,6 +163,35 @@ class TestMathematics:
         for c in range(C):
             want = 0.05 * (cosine[c][0] - sum(cosine[-1]) / 4) + 0.5
             assert_same(out.pacam[:, c + 1], want, 1e-12)
+
+    def test_one_covariance_makes_the_score_a_log_odds_of_gaussians(self) -> None:
+        """With one context each, the map is the log odds of two Gaussians but for a constant, before it is scaled."""
+        bank = make(steps=6, num_contexts=1, top_k=1, background_contexts=1, background_weight=1).eval()
+        features, cam, _ = batch(7)
+        out = bank(features, cam.abs() + 0.5, torch.ones(2, C))
+        covariance = bank.factor @ bank.factor.T
+        pixels = features.permute(0, 2, 3, 1)
+        for c in range(C):
+            object_, background = (
+                torch.distributions.MultivariateNormal(mean, covariance) for mean in bank.contexts[[c, -1], 0]
+            )
+            odds = object_.log_prob(pixels) - background.log_prob(pixels)
+            middle = (bank.contexts[c, 0] + bank.contexts[-1, 0]) / 2 - bank.mean
+            constant = middle @ covariance.inverse() @ (bank.contexts[c, 0] - bank.contexts[-1, 0])
+            want = (odds + constant).relu()
+            assert_same(out.pacam[:, c + 1], want / want.amax((-2, -1), keepdim=True), 1e-10)
+
+    def test_whitening_makes_directions_of_features_alike(self) -> None:
+        """Any linear change of the features leaves the map as it is, once the ridge is small."""
+        generator = torch.Generator().manual_seed(0)
+        turn = torch.randn(D, D, generator=generator, dtype=torch.float64)
+        plain, turned = (make(shrinkage=1e-12, refresh_every=1, capacity=40) for _ in range(2))
+        for step in range(12):
+            features, cam, labels = batch(step)
+            want = plain(features, cam, labels)
+            got = turned(torch.einsum("bdhw,de->behw", features, turn), cam, labels)
+        assert plain.context_valid.any(1).all()
+        assert_same(got.pacam, want.pacam, 1e-5)
 
     def test_cam_of_another_size_is_resized(self) -> None:
         features, cam, labels = batch(0)

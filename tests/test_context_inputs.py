@@ -176,7 +176,7 @@ class TestErrors:
         bank = make(torch.float32).train(training)
         with pytest.raises(ValueError, match=f"^ContextPrototypeBank: {match}"):
             bank(features, cam, labels)
-        assert not any(buffer.any() for buffer in bank.buffers())
+        assert_same(dict(bank.state_dict()), dict(make(torch.float32).state_dict()))
 
     @pytest.mark.parametrize(
         ("features", "cam", "labels", "match"),
@@ -198,6 +198,7 @@ class TestErrors:
             ({"capacity": 9}, r"state_dict's bank is \(3, 9, 5\) and this module's is \(3, 4, 5\).*capacity"),
             ({"background": "image"}, r"state_dict's bank is \(2, 4, 5\) and this module's is \(3, 4, 5\).*background"),
             ({"background_contexts": 3}, r"state_dict's contexts is \(3, 3, 5\) and this module's is \(3, 4, 5\)"),
+            ({"score": "dot"}, r"state_dict's covariance is \(0,\) and this module's is \(5, 5\).*score"),
         ],
     )
     def test_state_of_another_size(self, options: dict[str, Any], match: str) -> None:

@@ -1,0 +1,81 @@
+"""Filling a bank for a network that is trained already."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import OPTIONS, C, assert_same, assert_same_output, batch, make
+
+BATCHES = [batch(step) for step in range(7)]
+LARGE = {"capacity": 40, "half_life": 1e9}
+
+
+def reference(rounds: int, **options: Any) -> Any:
+    """The rounds by hand: one bank makes the maps, another one that has nothing yet stores by them."""
+    bank = make(**{**LARGE, "refresh_every": 10**6, "locate": "cam", **options})
+    for index in range(rounds):
+        located = make(**{**LARGE, "refresh_every": 10**6, "locate": "cam", **options})
+        for features, cam, labels in BATCHES:
+            known = bank.context_valid[:C].any(1)
+            out = copy.deepcopy(bank).eval()(features, cam, labels)
+            # The map takes the CAM's place where there is one; below 0 the CAM shows nothing, as for absent classes.
+            maps = torch.where((known & out.valid)[:, :, None, None], out.pacam[:, 1:], out.cam[:, 1:])
+            located(features, maps if index else cam, labels)
+        located.refresh()
+        bank = located
+    return bank
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_every_round_stores_where_the_map_of_the_one_before_is(rounds: int) -> None:
+    bank = make(**LARGE, steps=3)
+    bank.fill(BATCHES, rounds=rounds)
+    want = reference(rounds)
+    for name in ("bank", "count", "contexts", "context_valid", "mean", "covariance", "factor"):
+        assert_same(getattr(bank, name), getattr(want, name), 1e-9)
+
+
+def test_what_was_stored_before_is_forgotten_and_the_mode_stays() -> None:
+    fresh, used = make().eval(), make(steps=5)
+    for bank in (fresh, used):
+        bank.fill(BATCHES)
+    assert not fresh.training
+    assert used.training
+    assert_same(dict(fresh.state_dict()), dict(used.state_dict()))
+
+
+def test_with_instances_where_the_cam_is_further_rounds_change_nothing() -> None:
+    once, often = make(locate="cam"), make(locate="cam")
+    once.fill(BATCHES, rounds=1)
+    often.fill(BATCHES, rounds=4)
+    features, cam, labels = batch(9)
+    assert_same_output(once.eval()(features, cam, labels), often.eval()(features, cam, labels), 1e-12)
+
+
+def test_a_class_that_no_picture_shows_has_no_contexts() -> None:
+    bank = make()
+    bank.fill([(features, cam, labels * torch.tensor([1, 0])) for features, cam, labels in BATCHES])
+    assert bank.context_valid.any(1).tolist() == [True, False, True]
+    out = bank.eval()(*batch(9)[:2], torch.ones(2, C))
+    assert all(each.isfinite().all() for each in out if isinstance(each, Tensor) and each.is_floating_point())
+
+
+def test_what_cannot_be_read_again_is_refused() -> None:
+    bank = make(steps=2)
+    before = copy.deepcopy(dict(bank.state_dict()))
+    with pytest.raises(TypeError, match=r"ContextPrototypeBank.fill: batches must be readable once a round, got a gen"):
+        bank.fill(each for each in BATCHES)
+    with pytest.raises(ValueError, match=r"ContextPrototypeBank.fill: rounds must be .* got 0"):
+        bank.fill(BATCHES, rounds=0)
+    assert_same(dict(bank.state_dict()), before)
+
+
+def test_options_of_the_tests_are_all_there_are() -> None:
+    assert set(OPTIONS) == {
+        *(name for name in make().__init__.__kwdefaults__ if name not in ("check_values", "device")),  # type: ignore[misc]
+    }
