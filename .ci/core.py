@@ -79,7 +79,10 @@ def hint(call: Callable[[], object]) -> str:
 
 
 hints = {
-    "timm": [lambda: module("models.heads").TimmBackbone("resnet18"), lambda: module("models.mct").SmallHybrid(8)],
+    "timm": [
+        lambda: module("models.backbones").TimmBackbone("resnet18"),
+        lambda: module("models.mct").Hybrid(module("models.backbones").SmallResNet(8)),
+    ],
     "clip": [lambda: module("clip").FrozenCLIP.load("ViT-B-16")],
     "examples": [lambda: module("data.voc").save_mask("mask.png", torch.zeros(2, 2, dtype=torch.uint8))],
 }

@@ -13,6 +13,7 @@ Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -25,16 +26,33 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 MAPS = ("cam", "instance", "pacam")
-# What is left out, and what stands in its place, as arguments of ContextPrototypeBank.
+# What is left out or changed, and what stands in its place, as arguments of ContextPrototypeBank.
+MANY = {"num_contexts": 10}
 PARTS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "contexts (one mean prototype a class)": {"num_contexts": 1, "top_k": 1},
-    "positiveness (all contexts weigh the same)": {"temperature": 1e6},
-    "shift": {"shift": False},
-    "centre": {"centre": False},
-    "background contexts (one background prototype an image)": {"background": "image"},
-    "background (plain 1 - max, as in the paper)": {"background": "one_minus_max"},
-}
+    "whitening: variances only": {"score": "diagonal"},
+    "whitening: none, dot products": {"score": "dot"},
+    "the features' length: cosine": {"score": "cosine"},
+    "centring": {"centre": False},
+    "repeated estimate: instances where the CAM is": {"locate": "cam"},
+    "background contexts: one background prototype an image": {"background": "image"},
+    "background: none, the plain 1 - max": {"background": "one_minus_max"},
+    "3 contexts a class": {"num_contexts": 3},
+    "10 contexts a class": MANY,
+    "10 contexts, all weigh the same": {**MANY, "temperature": 1e6},
+    "10 contexts, the best 3 by positiveness": {**MANY, "top_k": 3},
+    "10 contexts, positiveness by cosine": {**MANY, "metric": "cosine"},
+    "10 contexts, positiveness by L1": {**MANY, "metric": "l1"},
+    "10 contexts, positiveness by L2": {**MANY, "metric": "l2"},
+    "10 contexts, no shift": {**MANY, "shift": False},
+    "bank of 10 a class": {"capacity": 10},
+    "bank of 30 a class": {"capacity": 30},
+    "bank of 100 a class": {"capacity": 100},
+    "0.1.0: cosine, 3 contexts, where the CAM is": {"score": "cosine", "num_contexts": 3, "locate": "cam"},
+    "the paper's words (ContextPrototypeBank.paper)": {
+        "score": "cosine", "num_contexts": 3, "locate": "cam", "background": "one_minus_max", "exponent": 1.0,
+    },
+}  # fmt: skip
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:
@@ -52,9 +70,8 @@ def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[
         command = [sys.executable, str(ROOT / "examples" / "train_cpal.py"), "--data", args.data, "--method", method]
         command += ["--head", args.head, "--seed", str(seed), "--output", str(folder), "--device", args.device]
         command += args.flags
-        if args.head == "amn" and method == "cpal":
-            first = folder.with_name(f"none-{seed}") / "first"
-            command += ["--masks", str(first / "pseudo_masks"), "--weights", str(first / "checkpoint" / "classify.pt")]
+        if method == "cpal":
+            command += ["--fork", str(folder.with_name(f"none-{seed}"))]
         command += ["--ceiling"] * (args.ceiling and method == "cpal")
         if (folder / "checkpoint").exists():
             command.append("--resume")
@@ -85,15 +102,15 @@ def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
         """Computes each picture once: only the bank differs from part to part."""
 
         def forward(self, images: Tensor) -> CAMOutput:
-            key = images.cpu().numpy().tobytes()
+            key = hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).digest()
             if key not in known:
                 known[key] = super().forward(images)
             return known[key]
 
     known: dict[bytes, CAMOutput] = {}
-    cam = Remembering(
-        build_cam_network(args.backbone, len(splits["train"].classes)).backbone, len(splits["train"].classes)
-    )
+    classes = len(splits["train"].classes)
+    backbone = build_cam_network(args.backbone, classes, stride=args.stride).backbone
+    cam = Remembering(backbone, classes, bank_features=args.bank_features, prior=args.prior)
     cam = cam.to(accelerator.device)
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
     found = {}
@@ -194,8 +211,9 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
     fields = ("pseudo_masks", "segmentation", "ceiling", "all_background", "seconds", "peak_memory_mb")
     text += (
         "\n## After the maps\n\nPseudo masks on train; the segmentation network on eval without tags; the same network "
+        "trained on the true masks (ceiling); everything background (floor). Seconds of cpal count from where it takes "
+        "up the run of none.\n\n"
     )
-    text += "trained on the true masks (ceiling); everything background (floor).\n\n"
     text += table(["method", *fields], [[m, *(show(summary[m][field]) for field in fields)] for m in methods])
 
     text += "\n## Per class\n\n"

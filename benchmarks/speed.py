@@ -152,7 +152,7 @@ def measure_oracle(sizes: Sizes, dim: int, device: torch.device) -> dict[str, An
             {i: contexts[i] for i in valid.nonzero().flatten().tolist()}
             for contexts, valid in zip(bank.contexts.clone(), bank.context_valid, strict=True)
         ]
-        loops.shift, loops.centre, loops.step = list(bank.shift.clone()), bank.centre.clone(), 1
+        loops.shift, loops.midpoint, loops.step = list(bank.shift.clone()), bank.midpoint.clone(), 1
         ours, theirs = bank(*inputs), loops(*inputs)
         difference = (ours.pacam - theirs.pacam).detach().abs().max().item()
         calls = {"bank": training_step(bank, inputs), "loops": training_step(loops, inputs)}

@@ -190,16 +190,16 @@ def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 255)
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Shift and scale ``[3, H, W]`` in 0..1 by ImageNet's mean and deviation."""
-    return (image - MEAN) / STD
+def normalise(image: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
+    """Shift and scale ``[3, H, W]`` in 0..1 by a mean and a deviation ``[3, 1, 1]``, of ImageNet where not given."""
+    return (image - mean) / std
 
 
-def scaled_image(image: Tensor, side: int, multiple: int = 8) -> Tensor:
+def scaled_image(image: Tensor, side: int, multiple: int = 8, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
     """Resize a picture to the area of a square, keeping its shape, and normalise it: ``[1, 3, H, W]``."""
     scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
     size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]
-    return normalise(resize(image, size) / 255)[None]
+    return normalise(resize(image, size) / 255, mean, std)[None]
 
 
 def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:
@@ -221,6 +221,26 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_replace(output: Path, patterns: Sequence[str], *, overwrite: bool) -> list[Path]:
+    """Find what a run that starts anew would take the place of, and stop unless the user asked for that.
+
+    Args:
+        output: The run's folder.
+        patterns: What the run's stages leave there.
+        overwrite: ``--overwrite``.
+
+    Returns:
+        The files.
+    """
+    files = [file for pattern in patterns for file in sorted(output.glob(pattern))]
+    if files and not overwrite:
+        raise SystemExit(
+            f"--output: {output} holds results ({files[0].relative_to(output)} and {len(files) - 1} more), which this "
+            "run would delete; take another --output, go on with that run by --resume, or say --overwrite"
+        )
+    return files
 
 
 def write_json(path: Path, content: object) -> None:

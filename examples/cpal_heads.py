@@ -7,37 +7,71 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from common import load_checkpoint
 from torch import Tensor, nn
 
 from protoseg.models.amn import AMNNetwork, AMNOutput, activation_loss
-from protoseg.models.heads import CAMNetwork, CAMOutput, SmallResNet, TimmBackbone, build_cam_network
-from protoseg.models.mct import MCTNetwork, MCTOutput, SmallHybrid, TimmTransformer, class_token_contrast
+from protoseg.models.backbones import Backbone, load_weights
+from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
+from protoseg.models.mct import (
+    Hybrid,
+    MCTNetwork,
+    MCTOutput,
+    TimmTransformer,
+    class_token_contrast,
+    is_plain_transformer,
+)
 
 HEADS = ("cam", "amn", "mct")
+HYBRID = 192  # channels of the transformer blocks behind convolutions of timm
 Head = CAMNetwork | AMNNetwork | MCTNetwork
 
 
-def build(args: argparse.Namespace, num_classes: int, *, pretrained: bool) -> Head:
-    """Make the network that ``--head`` and ``--backbone`` name."""
+def build(args: argparse.Namespace, num_classes: int) -> Head:
+    """Make the network that ``--head`` and ``--backbone`` name, with random weights."""
+    small = args.backbone.partition(":")[0] == "small"
+    if args.head == "mct" and not small and is_plain_transformer(args.backbone):
+        transformer = TimmTransformer(args.backbone)
+        return MCTNetwork(transformer, num_classes, fusion=args.fusion, bank_features=args.bank_features)
+
+    options = {"stride": args.stride, "bank_features": args.bank_features}
+    network = build_cam_network(args.backbone, num_classes, prior=args.prior, **options)
     if args.head == "mct":
-        kind, _, width = args.backbone.partition(":")
-        if kind != "small":
-            return MCTNetwork(TimmTransformer(args.backbone, pretrained=pretrained), num_classes, fusion=args.fusion)
-        if width and not width.isdecimal():
-            raise ValueError(f"expected something like 'small:32', got {args.backbone!r}")
-        return MCTNetwork(SmallHybrid(int(width or 32)), num_classes, fusion=args.fusion)
-    network = build_cam_network(args.backbone, num_classes, pretrained=pretrained)
-    return AMNNetwork(network.backbone, num_classes, rates=args.rates) if args.head == "amn" else network
+        hybrid = Hybrid(network.backbone, None if small else HYBRID)
+        return MCTNetwork(hybrid, num_classes, fusion=args.fusion, bank_features=args.bank_features)
+    if args.head == "amn":
+        return AMNNetwork(network.backbone, num_classes, rates=args.rates, bank_features=args.bank_features)
+    return network
 
 
-def encoder(network: Head) -> SmallResNet | TimmBackbone | None:
-    """The convolutions that a segmentation network of ``unet:backbone`` may begin with."""
+def begin(network: Head, weights: str | None) -> None:
+    """Load ``--weights`` into what comes before a head; the blocks of a hybrid are the head's own."""
+    if weights is None:
+        return
+
+    try:
+        if isinstance(network.backbone, TimmTransformer):
+            network.backbone.load_weights(weights)
+        else:
+            backbone = network.backbone
+            load_weights(backbone.network if isinstance(backbone, Hybrid) else backbone, weights)
+    except (ValueError, ImportError, OSError) as error:
+        raise SystemExit(f"--weights: {error}") from error
+
+
+def encoder(network: Head) -> Backbone | None:
+    """The convolutions that a segmentation network of ``ARCHITECTURE:backbone`` begins with."""
     backbone = network.backbone
-    if isinstance(backbone, SmallHybrid):
+    if isinstance(backbone, Hybrid):
         return backbone.network
     return None if isinstance(backbone, TimmTransformer) else backbone
+
+
+def colours(network: Head) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[3, 1, 1]`` of colours in 0..1, as the network's backbone wants them."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in (network.backbone.mean, network.backbone.std))
+    return mean, std
 
 
 def losses(network: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
@@ -72,23 +106,18 @@ def reader(network: Head, labels: Tensor, affinity: bool) -> Callable[[Tensor], 
 def first_masks(args: argparse.Namespace, argv: Sequence[str], run: Callable[[Sequence[str]], object]) -> None:
     """Where ``--head amn`` is given no masks to learn from, make them by ``--head cam`` in the folder ``first``.
 
-    The backbone of that run is then the beginning of this one, as published weights of ImageNet would be.
+    Without ``--weights`` the backbone of that run is then the beginning of this one.
     """
     if args.head == "amn" and args.masks is None:
         first = Path(args.output) / "first"
         same = ["--backbone", args.backbone, "--crop", str(args.crop), "--epochs", str(args.first_epochs)]
         own = ["--head", "cam", "--method", "none", "--maps", "cam", "--seed-map", "cam", "--output", str(first)]
         run([*argv, *same, *own, "--stages", "classify", "seeds", "refine"])
-        args.masks = first / "pseudo_masks"
-        if args.weights is None and not args.pretrained:
-            args.weights = first / "checkpoint" / "classify.pt"
+        results = first_results(first)
+        args.masks = results["masks"]
+        args.weights = args.weights or results["weights"]
 
 
-def load_backbone(network: Head, path: Path) -> None:
-    """Begin with the backbone of another run, whose head may be another one."""
-    state = load_checkpoint(path)["model"]
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    try:
-        network.backbone.load_state_dict(backbone)
-    except RuntimeError as error:
-        raise SystemExit(f"--weights: {path} is of another backbone than this run's: {error}") from error
+def first_results(folder: Path) -> dict[str, Any]:
+    """``masks`` and ``weights`` that AMN's first run leaves in its folder."""
+    return {"masks": folder / "pseudo_masks", "weights": str(folder / "checkpoint" / "classify.pt")}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from common import Pictures, scaled_image
-from cpal_heads import Head, reader
+from common import MEAN, STD, Pictures, scaled_image, seeded
+from cpal_heads import Head, colours, reader
 from pseudo_masks import enlarge, named, score_maps, shard
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from protoseg.functional import prototype_cam
 from protoseg.metrics import ConfusionMatrix
 
 MAPS = ("cam", "instance", "pacam")
-KEPT = 2**30  # bytes of features and CAM that a process keeps from filling the bank until it makes the maps
+KEPT = 2**30  # bytes of features and CAM that a process keeps while it fills the bank, and until it makes the maps
 SIDE = 32  # what the sides of a segmentation network's pictures must be multiples of
 
 
@@ -34,10 +34,13 @@ class Network(NamedTuple):
 
 def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
-    image = scaled_image(sample.image, args.size).to(accelerator.device)
+    multiple = net.cam.backbone.multiple
+    mean, std = colours(net.cam)
+    image = scaled_image(sample.image, args.size, multiple, mean, std).to(accelerator.device)
 
     labels = sample.labels[None].to(accelerator.device)
-    features, cam = multi_scale(reader(net.cam, labels, args.affinity), image, scales=args.scales)
+    run = reader(net.cam, labels, args.affinity)
+    features, cam = multi_scale(run, image, scales=args.scales, multiple=multiple)
     return features, cam
 
 
@@ -52,31 +55,46 @@ def picture_maps(
     return {name: maps[name] for name in names}
 
 
-@torch.no_grad()
-def fill(
-    net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fill the bank anew with the instances that the final network sees in the training pictures, and cluster it.
+class Views:
+    """What the network sees in the pictures of this process, as batches of one, to be read more than once.
 
-    Returns what this process saw in its first pictures by their names, so that they need not be run again.
+    The first of them are kept in memory, the others computed anew each time. Every process gives equally many: one
+    without a picture left gives one of another process without its tags.
+
+    Args:
+        net: The network.
+        pictures: All of them.
+        args: The flags.
+        accelerator: The engine.
+
+    Attributes:
+        known: Features and CAM by the names of the pictures that are kept.
     """
-    known, room = {}, KEPT
-    net.bank.reset_parameters()
-    net.bank.train()
-    world, main = accelerator.num_processes, accelerator.is_main_process
-    for first in tqdm(range(0, len(pictures), world), "fill bank", disable=not main, leave=False):
-        index = first + accelerator.process_index
-        sample = pictures[min(index, len(pictures) - 1)]
-        # Every process must call the bank equally often: one without a picture left brings no label.
-        labels = sample.labels * (index < len(pictures))
-        seen = infer(net, sample, args, accelerator)
-        net.bank(*seen, labels[None].to(accelerator.device))
-        room -= sum(each.nbytes for each in seen)
-        if room >= 0 and index < len(pictures):
-            known[sample.id] = seen
-    net.bank.refresh()
-    net.bank.eval()
-    return known
+
+    def __init__(self, net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> None:
+        self.net, self.pictures, self.args, self.accelerator = net, pictures, args, accelerator
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+        self.room = KEPT
+
+    def see(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``."""
+        if sample.id in self.known:
+            return self.known[sample.id]
+        seen = infer(self.net, sample, self.args, self.accelerator)
+        self.room -= sum(each.nbytes for each in seen)
+        if self.room >= 0:
+            self.known[sample.id] = seen
+        return seen
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        world, main = self.accelerator.num_processes, self.accelerator.is_main_process
+        # A ring keeps the last pictures of a class: those shall not be the last by name.
+        order = torch.randperm(len(self.pictures), generator=seeded(self.args.seed)).tolist()
+        for first in tqdm(range(0, len(order), world), "fill bank", disable=not main, leave=False):
+            index = first + self.accelerator.process_index
+            sample = self.pictures[order[min(index, len(order) - 1)]]
+            labels = sample.labels * (index < len(order))
+            yield *self.see(sample), labels[None].to(self.accelerator.device)
 
 
 @torch.no_grad()
@@ -86,11 +104,13 @@ def seeds(
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
     net.bank.eval()
-    # Only "pacam" needs the memory.
-    known = fill(net, splits["train"], args, accelerator) if "pacam" in args.maps else {}
+    views = Views(net, splits["train"], args, accelerator)
+    if "pacam" in args.maps:  # the others need no memory
+        net.bank.fill(views, rounds=args.bank_rounds)
 
     def maps_of(sample: Sample) -> dict[str, Tensor]:
-        features, cam = known.pop(sample.id) if sample.id in known else infer(net, sample, args, accelerator)
+        features, cam = views.see(sample)
+        views.known.pop(sample.id, None)  # what is no longer needed
         return picture_maps(net.bank, features, cam, sample.labels[None].to(features.device), args.maps)
 
     return score_maps(splits, maps_of, args.maps, args, accelerator)
@@ -98,7 +118,12 @@ def seeds(
 
 @torch.no_grad()
 def score_segmentation(
-    model: nn.Module, test: Pictures, args: argparse.Namespace, accelerator: Accelerator
+    model: nn.Module,
+    test: Pictures,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    mean: Tensor = MEAN,
+    std: Tensor = STD,
 ) -> dict[str, Any]:
     """Scores of a segmentation network, with mirrored pictures and without tags; and of background everywhere."""
     model.eval()
@@ -107,7 +132,7 @@ def score_segmentation(
         sample = test[index]
         if sample.mask is None:
             continue
-        image = scaled_image(sample.image, args.size, multiple=SIDE).to(accelerator.device)
+        image = scaled_image(sample.image, args.size, SIDE, mean, std).to(accelerator.device)
         (logits,) = multi_scale(lambda images: (model(images).float().softmax(1),), image, multiple=SIDE)
         confusion.update(enlarge(logits[0], sample.image).argmax(0).cpu(), sample.mask)
         floor.update(torch.zeros_like(sample.mask), sample.mask)

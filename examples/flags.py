@@ -19,6 +19,7 @@ def add_shared(parser: argparse.ArgumentParser, *, stages: Sequence[str], output
     add("--stages", nargs="+", choices=stages, default=list(stages))
     add("--output", type=Path, default=Path(output))
     add("--resume", action="store_true", help="continue the run in --output where it stopped")
+    add("--overwrite", action="store_true", help="delete what stages that start anew left in --output before")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, or whatever accelerate finds; 'cpu' forces the CPU")
     add("--precision", choices=("no", "fp16", "bf16"), default="no", help="of what is trained")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from common import peak_memory_mb, versions, write_json
+from common import peak_memory_mb, to_replace, versions, write_json
+
+PAGES = ("config.json", "metrics.json", "report.html")  # which every run writes
 
 
 class Plan(NamedTuple):
@@ -37,7 +39,8 @@ class Plan(NamedTuple):
 class Progress:
     """What the stages have found so far, kept in ``checkpoint/progress.json``, so that a resumed run skips them.
 
-    Without ``--resume`` the stages from the first one asked for start anew: what they left in the folder is removed.
+    Without ``--resume`` the stages from the first one asked for start anew. Where they left something in the folder
+    before, that takes ``--overwrite``, which removes it.
 
     Args:
         plan: The stages.
@@ -64,6 +67,9 @@ class Progress:
         for stage in plan.stages[:first]:
             if stage not in self.found["stages"]:
                 raise SystemExit(f"--stages: {args.stages} need what {stage!r} leaves in {args.output}; run it first")
+        # In a folder that is not known to be a run's, files of the same names are not ours to delete.
+        patterns = [pattern for stage in anew for pattern in plan.files[stage] if pattern not in PAGES]
+        replaced = to_replace(args.output, patterns if known else PAGES, overwrite=args.overwrite and known)
         for stage in anew:
             for name in plan.results[stage]:
                 self.found.pop(name, None)
@@ -71,10 +77,10 @@ class Progress:
         self.before = self.found.get("seconds", 0.0)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            # Only in a folder that is known to be a run's: files of the same names elsewhere are not ours.
-            for pattern in ("checkpoint/.*", *(each for stage in anew for each in plan.files[stage])) if known else ():
-                for file in args.output.glob(pattern):
-                    file.unlink()
+            # The pages tell of what there is after each stage, so that the next one may write them anew.
+            stale = [args.output / page for page in PAGES] if anew else []
+            for file in (*replaced, *stale, *args.output.glob("checkpoint/.*")) if known else ():
+                file.unlink(missing_ok=True)
             args.output.mkdir(parents=True, exist_ok=True)
             write_json(args.output / "config.json", config)
             write_json(self.path, self.found)

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from common import (
     open_pictures,
     peak_memory_mb,
     save_checkpoint,
+    to_replace,
     versions,
     write_json,
 )
@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_nouns": 0.0, "score": "softmax",
     },
 }  # fmt: skip
-FREE = ("output", "resume", "device", "workers", "eval_every")  # may change between a run and its resumption
+FREE = ("output", "resume", "overwrite", "device", "workers", "eval_every")  # may change when a run is resumed
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate", "webdataset")
 
 
@@ -96,6 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--score", choices=("softmax", "cosine"), help="what groups are scored with in zero-shot masks")
     add("--output", type=Path, default=Path("runs/pgseg"))
     add("--resume", action="store_true", help="continue the run in --output where it stopped")
+    add("--overwrite", action="store_true", help="delete the results of the run in --output and start anew")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, or whatever accelerate finds; 'cpu' forces the CPU")
     add("--precision", choices=("no", "fp16", "bf16"), default="no")
@@ -214,7 +215,7 @@ def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accel
 
 
 def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Make the folder; refuse to resume a run of other flags, and remove what an older run left otherwise."""
+    """Make the folder; refuse to resume a run of other flags, or to take an older run's place unasked."""
     path = args.output / "config.json"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     if args.resume and path.exists():
@@ -223,12 +224,12 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if changed:
             told = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in changed)
             raise SystemExit(f"--output: {args.output} holds a run with other flags: {told}; give the same flags")
+    left = ("checkpoint/last.pt", "metrics.json", "report.html", "broken/*")
+    replaced = [] if args.resume else to_replace(args.output, left, overwrite=args.overwrite and path.exists())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if not args.resume:
-            for name in ("checkpoint/last.pt", "metrics.json", "report.html"):
-                (args.output / name).unlink(missing_ok=True)
-            shutil.rmtree(args.output / "broken", ignore_errors=True)
+        for file in replaced:
+            file.unlink()
         write_json(path, config)
     accelerator.wait_for_everyone()
 

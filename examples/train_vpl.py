@@ -64,7 +64,7 @@ PLAN = Plan(
         "refine": ("pseudo_masks",),
         "segment": ("segmentation",),
     },
-    free=("output", "resume", "stages", "device", "workers", "skip_broken", "cache"),
+    free=("output", "resume", "overwrite", "stages", "device", "workers", "skip_broken", "cache"),
     own={"refine": ("seed_map", "threshold", "refine", *RSC, *DECODER), "segment": (*RSC, *DECODER)},
 )
 # Chosen on made scenes with the small CLIP; "clip" has CLIP-ES's and WeCLIP's values where they state one. Nothing of

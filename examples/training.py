@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
     modules: Mapping[str, nn.Module],
+    *,
+    head_lr: float = 1.0,
+    keep: int = 0,
+    fork: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` and save everything after each epoch; returns the history of the losses.
 
@@ -38,24 +43,31 @@ def train(
         args: The flags.
         accelerator: The engine.
         modules: What else is saved.
+        head_lr: Factor on the rate of what lies outside ``model.backbone`` and ``model.encoder``.
+        keep: Also keep the state after so many epochs, in ``checkpoint/fork.pt``; 0: of none.
+        fork: Such a file of another run, whose training this one takes up there.
     """
     shuffle = Shuffle(len(crops), args.seed)
     drop = len(crops) >= args.batch * accelerator.num_processes
     loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameter_groups(model, head_lr), args.lr, weight_decay=0.05)
     saved: dict[str, Any] = {"model": model, "optimizer": optimizer, **modules}
     if accelerator.scaler is not None:
         saved["scaler"] = accelerator.scaler
     path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
-    if args.resume and path.exists():
-        state = load_checkpoint(path)
+    begin = path if args.resume and path.exists() else fork
+    if begin is not None:
+        state = load_checkpoint(begin)
         if state["processes"] != accelerator.num_processes:
+            flag = "--resume" if begin is path else "--fork"
             raise SystemExit(
-                f"--resume: {path} is of {state['processes']} processes and these are {accelerator.num_processes}, "
+                f"{flag}: {begin} is of {state['processes']} processes and these are {accelerator.num_processes}, "
                 "which would change the batch; launch as many as before"
             )
+        # The run that is taken up has not used its other modules, and those of this run may be of other sizes.
         for key, part in saved.items():
-            part.load_state_dict(state[key])
+            if begin is path or key not in modules:
+                part.load_state_dict(state[key])
         history, first = state["history"], state["epoch"]
     network, stepper, loader = accelerator.prepare(model, optimizer, loader)
     total, step = epochs * len(loader), first * len(loader)
@@ -66,7 +78,7 @@ def train(
         sums: dict[str, float] = {}
         for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not accelerator.is_main_process, leave=False):
             for group in stepper.param_groups:
-                group["lr"] = args.lr * learning_rate(step, total)
+                group["lr"] = args.lr * group["factor"] * learning_rate(step, total)
             with accelerator.autocast():
                 parts = loss_of(network, batch, epoch)
             stepper.zero_grad()
@@ -80,7 +92,21 @@ def train(
             state = {key: part.state_dict() for key, part in saved.items()}
             state |= {"epoch": epoch + 1, "history": history, "processes": accelerator.num_processes}
             save_checkpoint(path, state)
+            if epoch + 1 == keep:
+                save_checkpoint(path.with_name("fork.pt"), state)
         accelerator.wait_for_everyone()
     if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
         model.load_state_dict(load_checkpoint(path)["model"])
     return history
+
+
+def parameter_groups(model: nn.Module, head_lr: float) -> list[dict[str, Any]]:
+    """The parameters with a factor on their rate: ``head_lr`` outside of ``backbone`` and ``encoder``.
+
+    The transformer blocks of a hybrid backbone are new, but ten times the rate is too much for them.
+    """
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if name.startswith(("backbone.", "encoder.")) else head_lr
+        by_factor.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in by_factor.items()]

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 from protoseg import _distributed
-from protoseg._statistics import factorize, merge, to_space
+from protoseg._statistics import factorize, measure, to_space
 from protoseg.functional import kmeans, mean_of, prototype_shift
 
 
 @torch.library.custom_op("protoseg::snapshot", mutates_args=())
 def snapshot(
-    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor, mean: Tensor, factor: Tensor
+    contexts: Tensor, context_valid: Tensor, shift: Tensor, midpoint: Tensor, mean: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Copy what forward and backward read of the state, before the update changes it in place.
 
     An operator of its own because a compiler may drop a plain copy, or put it off until the backward pass.
     """
-    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone(), mean.clone(), factor.clone()
+    return contexts.clone(), context_valid.clone(), shift.clone(), midpoint.clone(), mean.clone(), factor.clone()
 
 
 @snapshot.register_fake
 def _(
-    contexts: Tensor, context_valid: Tensor, shift: Tensor, centre: Tensor, mean: Tensor, factor: Tensor
+    contexts: Tensor, context_valid: Tensor, shift: Tensor, midpoint: Tensor, mean: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return contexts.clone(), context_valid.clone(), shift.clone(), centre.clone(), mean.clone(), factor.clone()
+    return contexts.clone(), context_valid.clone(), shift.clone(), midpoint.clone(), mean.clone(), factor.clone()
 
 
 class Memory(NamedTuple):
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
         contexts: ``[R, K, D]``.
         context_valid: ``[R, K]`` bool.
         shift: ``[R, D]``.
-        centre: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
+        midpoint: ``[D]``, half way between the mean of the classes' mean instances and the mean instance of background;
             0 while one of them has none, or where background has no row.
         weight: ``[]``, how many pictures mean and covariance stand for.
         mean: ``[D]``.
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
     contexts: Tensor
     context_valid: Tensor
     shift: Tensor
-    centre: Tensor
+    midpoint: Tensor
     weight: Tensor
     mean: Tensor
     covariance: Tensor
@@ -69,21 +69,21 @@ class Memory(NamedTuple):
 def update_bank(
     instances: Tensor,
     valid: Tensor,
-    pixels: Tensor,
-    total: Tensor,
-    scatter: Tensor,
+    features: Tensor,
+    counted: Tensor,
     bank: Tensor,
     pointer: Tensor,
     stored: Tensor,
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
-    centre: Tensor,
+    midpoint: Tensor,
     weight: Tensor,
     mean: Tensor,
     covariance: Tensor,
     factor: Tensor,
     step: Tensor,
+    measured: bool,
     retain: float,
     refresh_every: int,
     shrinkage: float,
@@ -95,33 +95,33 @@ def update_bank(
     Args:
         instances: ``[B, R, D]``, one row per class and, last, one for background where it has a bank.
         valid: ``[B, R]`` bool, the instances to store.
-        pixels: ``[]``, the weight of what ``total`` and ``scatter`` sum, see :func:`protoseg._statistics.moments`.
-        total: ``[D]``.
-        scatter: ``[D, D]``, ``[D]`` or ``[0]``.
+        features: ``[B, D, H, W]``, whose pixels go into the statistics.
+        counted: ``[B]`` bool, of which pictures.
         bank: See :class:`Memory`.
         pointer: See :class:`Memory`.
         stored: See :class:`Memory`.
         contexts: See :class:`Memory`.
         context_valid: See :class:`Memory`.
         shift: See :class:`Memory`.
-        centre: See :class:`Memory`.
+        midpoint: See :class:`Memory`.
         weight: See :class:`Memory`.
         mean: See :class:`Memory`.
         covariance: See :class:`Memory`.
         factor: See :class:`Memory`.
         step: ``[]`` int64, updates so far.
-        retain: Share of ``weight`` that stays.
+        measured: Whether to measure them.
+        retain: Share of ``weight`` that stays then.
         refresh_every: Contexts are refreshed in the first update and every so many after it; 0: not now.
         shrinkage: Of the covariance.
         num_contexts: Of a class.
         background_contexts: Of background, 0 where it has no bank.
     """
     push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, stored)
-    arrived, total, scatter = (_distributed.all_sum(value) for value in (pixels, total, scatter))
-    merge(weight, mean, covariance, arrived, total, scatter, retain)
+    if measured:
+        measure(features, counted, weight, mean, covariance, retain)
 
     if refresh_every and int(step) % refresh_every == 0:
-        rings = (bank, pointer, stored, contexts, context_valid, shift, centre)
+        rings = (bank, pointer, stored, contexts, context_valid, shift, midpoint)
         refresh(Memory(*rings, weight, mean, covariance, factor), shrinkage, num_contexts, background_contexts)
     step += 1
 
@@ -130,21 +130,21 @@ def update_bank(
 def _(
     instances: Tensor,
     valid: Tensor,
-    pixels: Tensor,
-    total: Tensor,
-    scatter: Tensor,
+    features: Tensor,
+    counted: Tensor,
     bank: Tensor,
     pointer: Tensor,
     stored: Tensor,
     contexts: Tensor,
     context_valid: Tensor,
     shift: Tensor,
-    centre: Tensor,
+    midpoint: Tensor,
     weight: Tensor,
     mean: Tensor,
     covariance: Tensor,
     factor: Tensor,
     step: Tensor,
+    measured: bool,
     retain: float,
     refresh_every: int,
     shrinkage: float,
@@ -179,10 +179,10 @@ def push(instances: Tensor, valid: Tensor, bank: Tensor, pointer: Tensor, count:
 
 @torch.no_grad()
 def refresh(memory: Memory, shrinkage: float, num_contexts: int, background_contexts: int) -> None:
-    """Factor the covariance, cluster every ring into contexts and measure each class's shift and the centre, in place.
+    """Factor the covariance, cluster every ring into contexts, and find each class's shift and the midpoint, in place.
 
     Args:
-        memory: Of which this changes ``factor``, ``contexts``, ``context_valid``, ``shift`` and ``centre``.
+        memory: Of which this changes ``factor``, ``contexts``, ``context_valid``, ``shift`` and ``midpoint``.
         shrinkage: Of the covariance.
         num_contexts: Of a class.
         background_contexts: Of background, which then has the last row; 0 where it has none.
@@ -206,7 +206,7 @@ def refresh(memory: Memory, shrinkage: float, num_contexts: int, background_cont
     if background_contexts:
         means, known = mean_of(points, stored), count > 0
         between = (mean_of(means[:-1], known[:-1]) + means[-1]) / 2
-        memory.centre.copy_(between * (known[:-1].any() & known[-1]))
+        memory.midpoint.copy_(between * (known[:-1].any() & known[-1]))
 
 
 def _clusters(points: Tensor, stored: Tensor, factor: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -9,68 +9,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["factorize", "from_space", "merge", "moments", "to_space"]
+from protoseg import _distributed
+
+__all__ = ["factorize", "from_space", "measure", "to_space"]
 
 
 @torch.no_grad()
-def moments(features: Tensor, origin: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, sum and scatter of the pixels around ``origin``; one that is not finite counts nowhere.
+def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, covariance: Tensor, retain: float) -> None:
+    r"""Add the pixels of all ranks to the statistics, in place (Chan, Golub and LeVeque, 1979).
 
-    A pixel weighs one over the pixels of its picture, so that all pictures weigh the same, whatever their sizes.
+    .. math::
+        m' = m + \tfrac{n}{w + n} (b - m), \qquad
+        \Sigma' = \frac{w \Sigma + S}{w + n} + \frac{w n}{(w + n)^2} (b - m)(b - m)^\top
+
+    with the arrivals' weight :math:`n`, their mean :math:`b` and their scatter :math:`S` around it. A pixel weighs one
+    over the pixels of its picture, so that all pictures weigh the same, whatever their sizes; one that is not finite,
+    and a picture that is not ``counted``, weigh nothing.
 
     Args:
         features: ``[B, D, H, W]``.
-        origin: ``[D]``.
-        covariance: Of the shape that the scatter shall have.
-
-    Returns:
-        ``[]``, ``[D]``, and a scatter like ``covariance``.
-    """
-    share = 1.0 / (features.shape[-2] * features.shape[-1])
-    pixels = features.flatten(2).transpose(0, 1).flatten(1).to(origin.dtype) - origin.unsqueeze(-1)
-    finite = pixels.sum(0).isfinite()
-    pixels = torch.where(finite, pixels, torch.zeros_like(pixels))
-
-    if covariance.dim() == 2:
-        scatter = pixels @ pixels.T
-    elif len(covariance):
-        scatter = pixels.square().sum(1)
-    else:
-        scatter = torch.zeros_like(covariance)
-    return share * finite.sum().to(origin.dtype), share * pixels.sum(1), share * scatter
-
-
-@torch.no_grad()
-def merge(
-    weight: Tensor, mean: Tensor, covariance: Tensor, count: Tensor, total: Tensor, scatter: Tensor, retain: float
-) -> None:
-    r"""Add pixels to the statistics, in place (Chan, Golub and LeVeque, 1979).
-
-    .. math::
-        m' = m + \tfrac{n}{w + n} d, \qquad
-        \Sigma' = \frac{w \Sigma + S}{w + n} - \Bigl(\tfrac{n}{w + n}\Bigr)^2 d\,d^\top
-
-    with the arrivals' weight :math:`n`, their mean :math:`m + d` and their scatter :math:`S` around the old mean.
-
-    Args:
+        counted: ``[B]`` bool.
         weight: ``[]``, how many pictures the statistics stand for.
         mean: ``[D]``.
         covariance: ``[D, D]``, ``[D]`` or ``[0]``.
-        count: ``[]``, as :func:`moments` returns it for the old mean, like the next two.
-        total: ``[D]``.
-        scatter: Like ``covariance``.
         retain: Share of the old weight that stays, in 0..1.
     """
-    weight *= retain
-    after = weight + count
-    after = torch.where(after > 0, after, torch.ones_like(after))
-    step = total / after
+    pixels = features.transpose(0, 1).flatten(1).to(mean.dtype)
+    area = features.shape[-2] * features.shape[-1]
+    weights = (counted.to(mean.dtype) / area).repeat_interleave(area) * pixels.sum(0).isfinite()
+    pixels = torch.where(weights > 0, pixels, torch.zeros_like(pixels))
 
+    with torch.autocast(features.device.type, enabled=False):
+        arrived = _distributed.all_sum(weights.sum())
+        total = _distributed.all_sum(pixels @ weights)
+        center = total / torch.where(arrived > 0, arrived, torch.ones_like(arrived))
+        around = (pixels - center.unsqueeze(-1)) * weights.sqrt()
+        if covariance.dim() == 2:
+            scatter = around @ around.T
+        elif len(covariance):
+            scatter = around.square().sum(1)
+        else:
+            scatter = torch.zeros_like(covariance)
+    scatter = _distributed.all_sum(scatter)
+
+    # Finite pixels may overflow in a square; what cannot be held leaves everything as it was.
+    usable = (arrived > 0) & total.isfinite().all() & scatter.isfinite().all()
+    old = weight * retain
+    after = torch.where(usable, old + arrived, torch.ones_like(old))
+    step = center - mean
     if len(covariance):
         outer = torch.outer(step, step) if covariance.dim() == 2 else step.square()
-        covariance.copy_((weight * covariance + scatter) / after - outer)
-    mean += step
-    weight += count
+        merged = (old * covariance + scatter) / after + old * arrived / after.square() * outer
+        covariance.copy_(torch.where(usable, merged, covariance))
+    mean.copy_(torch.where(usable, mean + arrived / after * step, mean))
+    weight.copy_(torch.where(usable, after, weight))
 
 
 @torch.no_grad()

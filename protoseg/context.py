@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from protoseg import _checks, _distributed
 from protoseg._bank import Memory, refresh, snapshot, update_bank
 from protoseg._numeric import unit
-from protoseg._statistics import from_space, moments, to_space
+from protoseg._statistics import from_space, to_space
 from protoseg.cam import with_background
 from protoseg.functional import (
     Metric,
@@ -108,7 +108,8 @@ class ContextPrototypeBank(nn.Module):
        of background's contexts stay.
     6. Score: :math:`s_n(j) = \sum_i w_i \langle F(j), p_i\rangle / \sum_i w_i`. A class without contexts has
        :math:`\langle F(j), P_n\rangle`; for background without an instance all its contexts weigh the same.
-    7. PACAM: :math:`\tilde M_n` is :math:`\mathrm{ReLU}(s_n - \beta s_0)` divided by its maximum over the image.
+    7. PACAM: :math:`\tilde M_n` is :math:`\mathrm{ReLU}(s_n - \beta s_0)` divided by its maximum over the image, to the
+       power of ``exponent``.
     8. Loss: :math:`L_{self} = \frac{1}{N + 1} \|M - \tilde M\|_1` over the image's :math:`N` valid classes and
        background, as a mean over pixels and images (section 3.4); an image without a valid class adds 0.
 
@@ -132,7 +133,8 @@ class ContextPrototypeBank(nn.Module):
         num_classes: ``C``, foreground classes.
         dim: ``D``, channels of the features.
         capacity: Instances kept per class, at least the number of contexts made of them.
-        num_contexts: Context prototypes per class. With up to 300 pictures a class, one was best or as good.
+        num_contexts: Context prototypes per class. With up to 300 pictures a class, one was best or as good. With one,
+            ``top_k``, ``metric`` and ``temperature`` matter for background alone, and :math:`\delta_n` is 0.
         background_contexts: Contexts of background.
         top_k: Contexts that make the map, 1 to ``num_contexts``; by default all.
         cam_threshold: :math:`\tau` in ``[0, 1)`` on the max-normalised CAM.
@@ -149,7 +151,10 @@ class ContextPrototypeBank(nn.Module):
             ``"image"``, that of the image's own background prototype; ``"one_minus_max"``, nothing. The background
             channel of a map is :math:`1 - \max_n \tilde M_n` in each case.
         background_weight: :math:`\beta`, at least 0.
-        locate: Where the stored instances are: ``"map"`` or ``"cam"``, see step 2.
+        exponent: In (0, 1]. Below 1 the map reaches its middle values sooner; which pixel ranks before which stays. At
+            0.5 one half is a good threshold, and the map a target that is wider than the CAM. Not for ``"cosine"`` with
+            a background, whose middle is one half anyway.
+        locate: Where the stored instances are: ``"map"``, before ``exponent``, or ``"cam"``, see step 2.
         centre: Subtract a point in step 3: :math:`\mu`, or for ``"cosine"``, and there only with
             ``background="contexts"``, that half way between the mean class instance and the mean background instance.
         sharpness: :math:`\kappa` above 0, for ``"cosine"``: with a background, :math:`\tilde M_n` is then
@@ -190,7 +195,7 @@ class ContextPrototypeBank(nn.Module):
     contexts: Tensor
     context_valid: Tensor
     shift: Tensor
-    centre: Tensor
+    midpoint: Tensor
     weight: Tensor
     mean: Tensor
     covariance: Tensor
@@ -215,6 +220,7 @@ class ContextPrototypeBank(nn.Module):
         shrinkage: float = 0.5,
         background: Background = "contexts",
         background_weight: float = 1.0,
+        exponent: float = 0.5,
         locate: Locate = "map",
         centre: bool = True,
         sharpness: float = 3.0,
@@ -244,6 +250,8 @@ class ContextPrototypeBank(nn.Module):
             raise ValueError(f"{me}: background_threshold must be above 0 and at most 1, got {background_threshold}")
         if not background_weight >= 0:
             raise ValueError(f"{me}: background_weight must be at least 0, got {background_weight}")
+        if not 0 < exponent <= 1:
+            raise ValueError(f"{me}: exponent must be above 0 and at most 1, got {exponent}")
         _checks.choice(me, "metric", metric, get_args(Metric))
         _checks.choice(me, "score", score, get_args(Score))
         _checks.choice(me, "background", background, get_args(Background))
@@ -268,7 +276,7 @@ class ContextPrototypeBank(nn.Module):
         self.metric: Metric = metric
         self.temperature, self.align, self.sharpness = temperature, shift, sharpness
         self.score: Score = score
-        self.shrinkage, self.background_weight = shrinkage, background_weight
+        self.shrinkage, self.background_weight, self.exponent = shrinkage, background_weight, exponent
         self.background: Background = background
         self.locate: Locate = locate
         self.centred = centre and (score != "cosine" or background == "contexts")
@@ -285,7 +293,7 @@ class ContextPrototypeBank(nn.Module):
         self.register_buffer("contexts", torch.zeros(rows, most, dim, device=device))
         self.register_buffer("context_valid", torch.zeros(rows, most, dtype=torch.bool, device=device))
         self.register_buffer("shift", torch.zeros(rows, dim, device=device))
-        self.register_buffer("centre", torch.zeros(dim, device=device))
+        self.register_buffer("midpoint", torch.zeros(dim, device=device))
         self.register_buffer("weight", torch.zeros((), device=device))
         self.register_buffer("mean", torch.zeros(dim, device=device))
         self.register_buffer("covariance", torch.zeros(square, device=device))
@@ -296,6 +304,8 @@ class ContextPrototypeBank(nn.Module):
     @classmethod
     def paper(cls, num_classes: int, dim: int, **options: Any) -> ContextPrototypeBank:
         """Make the bank that is nearest to the paper's words: a cosine, no background, instances where the CAM is.
+
+        It has three contexts a class; the paper does not state how many.
 
         Args:
             num_classes: ``C``.
@@ -309,7 +319,9 @@ class ContextPrototypeBank(nn.Module):
             >>> ContextPrototypeBank.paper(20, 256).score
             'cosine'
         """
-        literal: dict[str, Any] = {"score": "cosine", "background": "one_minus_max", "locate": "cam"}
+        literal: dict[str, Any] = {
+            "num_contexts": 3, "score": "cosine", "background": "one_minus_max", "exponent": 1.0, "locate": "cam",
+        }  # fmt: skip
         return cls(num_classes, dim, **{**literal, **options})
 
     def forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
@@ -347,7 +359,7 @@ class ContextPrototypeBank(nn.Module):
 
         # 7. Maps, with background in front.
         maps = self._maps(scores) * shown[:, :, None, None]
-        mine, pacam = with_background(cam), with_background(maps)
+        mine, pacam = with_background(cam), with_background(self._raise(maps))
 
         # 8. Loss.
         out = ContextPrototypes(
@@ -370,10 +382,10 @@ class ContextPrototypeBank(nn.Module):
         return instances, valid & present.any(1, keepdim=True)
 
     def _snapshot(self, dtype: torch.dtype) -> _State:
-        buffers = (self.contexts, self.context_valid, self.shift, self.centre, self.mean, self.factor)
-        contexts, exists, shift, centre, mean, factor = snapshot(*buffers)
+        buffers = (self.contexts, self.context_valid, self.shift, self.midpoint, self.mean, self.factor)
+        contexts, exists, shift, midpoint, mean, factor = snapshot(*buffers)
         contexts, shift, factor = contexts.to(dtype), shift.to(dtype), factor.to(dtype)
-        origin = (centre if self.score == "cosine" else mean).to(dtype) * self.centred
+        origin = (midpoint if self.score == "cosine" else mean).to(dtype) * self.centred
         return _State(to_space(contexts - origin, factor), exists, to_space(shift, factor), shift, origin, factor)
 
     def _directions(self, instances: Tensor, valid: Tensor, state: _State) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,6 +426,12 @@ class ContextPrototypeBank(nn.Module):
             return judge(foreground, background, self.sharpness)
         return max_normalize(foreground - background)
 
+    def _raise(self, maps: Tensor) -> Tensor:
+        if self.exponent == 1 or (self.score == "cosine" and self.background != "one_minus_max"):
+            return maps
+        # At 0 a root has no slope.
+        return torch.where(maps > 1e-6, maps.clamp_min(1e-6) ** self.exponent, torch.zeros_like(maps))
+
     def _loss(self, cam: Tensor, pacam: Tensor, shown: Tensor) -> Tensor:
         if self.detach == "pacam":
             pacam = pacam.detach()
@@ -437,38 +455,34 @@ class ContextPrototypeBank(nn.Module):
             complete = (valid == seen.present).all(1, keepdim=True)
             found = found & torch.cat([valid, complete], 1)
 
-            if measure and self.score != "cosine":
-                pixels = moments(features, self.mean, self.covariance)
-            else:
-                pixels = (torch.zeros_like(self.weight), torch.zeros_like(self.mean), torch.zeros_like(self.covariance))
-
         instances = instances[:, :rows].to(self.bank.dtype)
         found = found[:, :rows] & instances.isfinite().all(-1)
-        update_bank(
-            instances, found, *pixels, *self._memory(), self.step, retain, refresh_every, self.shrinkage, *self._sizes
-        )
+        counted = seen.present.any(1)
+        settings = (measure and self.score != "cosine", retain, refresh_every, self.shrinkage, *self._sizes)
+        update_bank(instances, found, features, counted, *self._memory(), self.step, *settings)
 
     def _memory(self) -> Memory:
         rings = (self.bank, self.pointer, self.count)
-        found = (self.contexts, self.context_valid, self.shift, self.centre)
+        found = (self.contexts, self.context_valid, self.shift, self.midpoint)
         return Memory(*rings, *found, self.weight, self.mean, self.covariance, self.factor)
 
     @torch.no_grad()
     def fill(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, rounds: int = 3) -> None:
         """Fill the bank anew with what a trained network sees, and find contexts; nothing is trained for it.
 
-        Each round empties the rings, stores the instances of all pictures, and clusters them. The first round takes
-        them from where the CAM is, with ``locate="map"`` every later one from where the map is that the contexts before
-        make. Mean and covariance are those of all pixels of the first round.
+        Each round empties the rings, stores the instances of the pictures, the last ``capacity`` of a class, and
+        clusters them. The first round takes them from where the CAM is, with ``locate="map"`` every later one from
+        where the map is that the contexts before make. Mean and covariance are those of all pixels of the first round,
+        but for pictures without a class. After an error the bank is as it was.
 
         Args:
             batches: Features ``[B, D, H, W]``, CAM ``[B, C, h, w]`` and labels ``[B, C]``, as for a call; read once a
-                round, so a list, a loader or any object with ``__iter__``, but no generator. In a process group every
-                rank brings as many batches.
+                round, so a list, a loader or any object with ``__iter__``, but no generator. Shuffled where a class has
+                more pictures than ``capacity``. In a process group every rank brings as many, of the same sizes.
             rounds: At least 1; with ``locate="cam"`` one is as good as many.
 
         Raises:
-            ValueError: ``rounds`` below 1.
+            ValueError: ``rounds`` below 1, no batch, or one that a call refuses.
             TypeError: ``batches`` can be read only once.
 
         Example:
@@ -482,15 +496,29 @@ class ContextPrototypeBank(nn.Module):
         _checks.positive(me, "rounds", rounds)
         if isinstance(batches, Iterator):
             raise TypeError(f"{me}: batches must be readable once a round, got a {type(batches).__name__}; pass a list")
-        self.reset_parameters()
-        for index in range(rounds):
-            self.pointer.zero_()
-            self.count.zero_()
-            for batch in batches:
-                _, seen = self._compute(*batch)
-                # Nothing fades, nothing is clustered before all is seen, and later rounds see the same pixels again.
-                self._store(seen, measure=index == 0, retain=1.0, refresh_every=0)
-            self.refresh()
+        before = [buffer.clone() for buffer in self.buffers()]
+        try:
+            self.reset_parameters()
+            for index in range(rounds):
+                self._fill_once(batches, measure=index == 0)
+        except BaseException:
+            for buffer, old in zip(self.buffers(), before, strict=True):
+                buffer.copy_(old)
+            raise
+
+    def _fill_once(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, measure: bool) -> None:
+        self.pointer.zero_()
+        self.count.zero_()
+        for batch in batches:
+            _, seen = self._compute(*batch)
+            # Nothing fades, nothing is clustered before all is seen, and later rounds see the same pixels again.
+            self._store(seen, measure=measure, retain=1.0, refresh_every=0)
+        if self.step == 0:
+            raise ValueError(
+                f"{type(self).__name__}.fill: batches must hold at least one, got none; pass what to store"
+            )
+        self.refresh()
+        self.step.zero_()
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
@@ -545,12 +573,25 @@ class ContextPrototypeBank(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        theirs = state_dict.get(prefix + "covariance")
+        me = type(self).__name__
+        theirs, weight = state_dict.get(prefix + "covariance"), state_dict.get(prefix + "weight")
+        if prefix + "bank" in state_dict and (theirs is None or weight is None):
+            raise RuntimeError(
+                f"{me}: the state_dict is of a bank that kept no mean and covariance of pixels; fill a new one"
+            )
         if theirs is not None and theirs.shape != self.covariance.shape:
             raise RuntimeError(
-                f"{type(self).__name__}: the state_dict's covariance is {tuple(theirs.shape)} and this module's is "
+                f"{me}: the state_dict's covariance is {tuple(theirs.shape)} and this module's is "
                 f"{tuple(self.covariance.shape)}; construct the module with the score and dim that the checkpoint was "
                 "made with"
+            )
+        filled = state_dict.get(prefix + "context_valid")
+        used = filled is not None and weight is not None and bool(filled.any())
+        if used and bool(weight > 0) != (self.score != "cosine"):
+            kept = "no " if self.score != "cosine" else ""
+            raise RuntimeError(
+                f"{me}: the state_dict has {kept}statistics of pixels, which does not go with score={self.score!r}; "
+                "construct the module with the score that the checkpoint was made with"
             )
         for name, axis in (("bank", "capacity"), ("contexts", "most contexts")):
             theirs, mine = state_dict.get(prefix + name), getattr(self, name)

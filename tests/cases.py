@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "shrinkage": 0.3,
     "background": "contexts",
     "background_weight": 0.8,
+    "exponent": 0.7,
     "locate": "map",
     "centre": True,
     "sharpness": 1.0,

@@ -35,6 +35,7 @@ class LoopBank:
         shrinkage: float,
         background: str,
         background_weight: float,
+        exponent: float,
         locate: str,
         centre: bool,
         sharpness: float,
@@ -47,6 +48,7 @@ class LoopBank:
         self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
         self.metric, self.temperature, self.align = metric, temperature, shift
         self.score, self.shrinkage, self.locate = score, shrinkage, locate
+        self.exponent = exponent
         self.background, self.beta, self.sharpness = background, background_weight, sharpness
         self.refresh_every, self.detach = refresh_every, detach
         self.training = True
@@ -62,7 +64,7 @@ class LoopBank:
         self.written = [0 for _ in self.sizes]
         self.contexts: list[dict[int, Tensor]] = [{} for _ in self.sizes]
         self.shift = [self.zero for _ in self.sizes]
-        self.centre = self.zero
+        self.midpoint = self.zero
         self.step = 0
 
     def __call__(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
@@ -72,7 +74,7 @@ class LoopBank:
         loss, *maps = (torch.stack(values) for values in zip(*images, strict=True))
         shift = torch.stack(self.shift[: self.num_classes])
         if self.training:
-            self._measure(features)
+            self._measure(features[labels.bool().any(1)], len(features))
             self._update(arrivals)
         return ContextPrototypes._make([loss.mean(), *maps, shift])
 
@@ -120,6 +122,8 @@ class LoopBank:
             if self.locate == "map" and self.contexts[c]:
                 located[c] = pacam[c].detach()
         kept = self._instances(features, located, present)
+        if self.score != "cosine" or self.background == "one_minus_max":
+            pacam = [torch.where(each > 1e-6, each.clamp_min(1e-6) ** self.exponent, 0 * each) for each in pacam]
 
         cam = [1 - torch.stack(cam).amax(0), *cam]
         pacam = [1 - torch.stack(pacam).amax(0), *pacam]
@@ -164,7 +168,7 @@ class LoopBank:
     def origin(self) -> Tensor:
         if not self.centred:
             return self.zero
-        return self.centre if self.score == "cosine" else self._mean()
+        return self.midpoint if self.score == "cosine" else self._mean()
 
     def _compare(self, features: Tensor, prototype: Tensor) -> Tensor:
         if self.score == "cosine":
@@ -180,10 +184,10 @@ class LoopBank:
         total = sum(w for _, w in self.pixels)
         return sum((w * x for x, w in self.pixels), self.zero) / total if self.pixels else self.zero
 
-    def _measure(self, features: Tensor) -> None:
-        if self.score == "cosine":
+    def _measure(self, features: Tensor, pictures: int) -> None:
+        if self.score == "cosine" or not len(features):
             return
-        self.pixels = [(x, w * 0.5 ** (len(features) / self.half_life)) for x, w in self.pixels]
+        self.pixels = [(x, w * 0.5 ** (pictures / self.half_life)) for x, w in self.pixels]
         share = 1.0 / features[0, 0].numel()
         self.pixels += [(x.detach(), share) for x in features.permute(0, 2, 3, 1).flatten(0, 2)]
 
@@ -253,7 +257,7 @@ class LoopBank:
             means[row] = mean
         seen = [mean for mean in means[: self.num_classes] if mean is not None]
         behind = means[-1] if self.background == "contexts" else None
-        self.centre = (torch.stack(seen).mean(0) + behind) / 2 if seen and behind is not None else self.zero
+        self.midpoint = (torch.stack(seen).mean(0) + behind) / 2 if seen and behind is not None else self.zero
 
     def state(self) -> dict[str, Tensor]:
         """The same as the module's ``state_dict()``."""
@@ -272,7 +276,7 @@ class LoopBank:
             "contexts": contexts,
             "context_valid": context_valid,
             "shift": torch.stack(self.shift),
-            "centre": self.centre,
+            "midpoint": self.midpoint,
             "weight": torch.as_tensor(sum(w for _, w in self.pixels), dtype=self.zero.dtype),
             "mean": self._mean(),
             **self._square(),

@@ -145,7 +145,7 @@ class TestMathematics:
 
     def test_class_without_contexts_is_served_by_its_own_instance(self) -> None:
         features, cam, labels = batch(0)
-        out = make(background="one_minus_max", score="cosine")(features, cam, labels)
+        out = make(background="one_minus_max", score="cosine", exponent=1.0)(features, cam, labels)
         b, c = out.valid.nonzero()[0].tolist()
         cosine = F.cosine_similarity(features[b], out.instances[b, c, :, None, None], 0)
         assert_same(out.pacam[b, c + 1], cosine / cosine.max(), 1e-12)
@@ -158,7 +158,7 @@ class TestMathematics:
         assert bank.context_valid[-1].all()
         features, cam, _ = batch(7)
         out = bank(features, cam.abs() + 1, torch.ones(2, C))
-        around, contexts = features - bank.centre[:, None, None], bank.contexts - bank.centre
+        around, contexts = features - bank.midpoint[:, None, None], bank.contexts - bank.midpoint
         cosine = [[F.cosine_similarity(around, p[:, None, None], 1) for p in row] for row in contexts]
         for c in range(C):
             want = 0.05 * (cosine[c][0] - sum(cosine[-1]) / 4) + 0.5
@@ -179,7 +179,7 @@ class TestMathematics:
             middle = (bank.contexts[c, 0] + bank.contexts[-1, 0]) / 2 - bank.mean
             constant = middle @ covariance.inverse() @ (bank.contexts[c, 0] - bank.contexts[-1, 0])
             want = (odds + constant).relu()
-            assert_same(out.pacam[:, c + 1], want / want.amax((-2, -1), keepdim=True), 1e-10)
+            assert_same(out.pacam[:, c + 1], (want / want.amax((-2, -1), keepdim=True)) ** bank.exponent, 1e-8)
 
     def test_whitening_makes_directions_of_features_alike(self) -> None:
         """Any linear change of the features leaves the map as it is, once the ridge is small."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import OPTIONS, C, assert_same, assert_same_output, batch, make
+from tests.cases import OPTIONS, C, D, assert_same, assert_same_output, batch, make
 
 BATCHES = [batch(step) for step in range(7)]
 LARGE = {"capacity": 40, "half_life": 1e9}
@@ -24,7 +24,8 @@ def reference(rounds: int, **options: Any) -> Any:
             known = bank.context_valid[:C].any(1)
             out = copy.deepcopy(bank).eval()(features, cam, labels)
             # The map takes the CAM's place where there is one; below 0 the CAM shows nothing, as for absent classes.
-            maps = torch.where((known & out.valid)[:, :, None, None], out.pacam[:, 1:], out.cam[:, 1:])
+            found = out.pacam[:, 1:] ** (1 / bank.exponent)
+            maps = torch.where((known & out.valid)[:, :, None, None], found, out.cam[:, 1:])
             located(features, maps if index else cam, labels)
         located.refresh()
         bank = located
@@ -73,6 +74,48 @@ def test_what_cannot_be_read_again_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ContextPrototypeBank.fill: rounds must be .* got 0"):
         bank.fill(BATCHES, rounds=0)
     assert_same(dict(bank.state_dict()), before)
+
+
+class Failing:
+    """A loader that breaks off in the middle of its second round."""
+
+    def __init__(self) -> None:
+        self.round = 0
+
+    def __iter__(self) -> Any:
+        self.round += 1
+        yield from BATCHES[:4]
+        if self.round == 2:
+            raise OSError("the disk is gone")
+        yield from BATCHES[4:]
+
+
+def test_after_an_error_the_bank_is_as_it_was() -> None:
+    bank = make(steps=5)
+    before = copy.deepcopy(dict(bank.state_dict()))
+    with pytest.raises(OSError, match="the disk is gone"):
+        bank.fill(Failing())
+    with pytest.raises(ValueError, match="fill: batches must hold at least one, got none"):
+        bank.fill([])
+    with pytest.raises(ValueError, match="features must have shape"):
+        bank.fill([BATCHES[0], (torch.zeros(2, 3, 4, 4), *BATCHES[0][1:])])
+    assert_same(dict(bank.state_dict()), before)
+
+
+def test_training_after_a_fill_begins_its_schedule_anew() -> None:
+    bank = make(**LARGE, refresh_every=100)
+    bank.fill(BATCHES)
+    before = bank.contexts.clone()
+    bank(*batch(9))
+    assert not torch.equal(bank.contexts, before)
+
+
+def test_a_picture_without_a_class_changes_nothing() -> None:
+    bank, other = make(), make()
+    nothing = (torch.rand(2, D, 4, 5, dtype=torch.float64), BATCHES[0][1], torch.zeros(2, C))
+    bank.fill(BATCHES)
+    other.fill([BATCHES[0], nothing, *BATCHES[1:]])
+    assert_same(dict(bank.state_dict()), dict(other.state_dict()), 1e-12)
 
 
 def test_options_of_the_tests_are_all_there_are() -> None:

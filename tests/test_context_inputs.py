@@ -206,6 +206,19 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=match):
             model.load_state_dict(other.state_dict())
 
+    @pytest.mark.parametrize(("mine", "theirs", "kept"), [("dot", "cosine", "no "), ("cosine", "dot", "")])
+    def test_state_of_another_score_that_has_the_same_sizes(self, mine: str, theirs: str, kept: str) -> None:
+        model, other = nn.Sequential(make(score=mine)), nn.Sequential(make(score=theirs, steps=3))
+        with pytest.raises(
+            RuntimeError, match=f"has {kept}statistics of pixels, which does not go with score='{mine}'"
+        ):
+            model.load_state_dict(other.state_dict())
+
+    def test_state_of_a_bank_without_statistics(self) -> None:
+        state = {name: value for name, value in make(steps=3).state_dict().items() if name not in ("mean", "weight")}
+        with pytest.raises(RuntimeError, match="kept no mean and covariance of pixels; fill a new one"):
+            make().load_state_dict(state, strict=False)
+
     def test_state_with_a_missing_entry(self) -> None:
         state = make().state_dict()
         del state["pointer"]

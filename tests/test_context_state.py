@@ -82,7 +82,7 @@ class TestState:
         other(*batch(3))
         assert_same(bank.contexts, other.contexts)
         assert_same(bank.shift, other.shift)
-        assert_same(bank.centre, other.centre)
+        assert_same(bank.midpoint, other.midpoint)
 
     def test_two_calls_before_one_backward(self) -> None:
         bank = make(steps=3)

@@ -18,6 +18,8 @@ from PIL import Image
 
 from protoseg.data.scenes import Scenes
 from protoseg.data.voc import voc_palette
+from protoseg.models.backbones import SmallResNet
+from protoseg.models.heads import CAMNetwork
 from tests.trainer import (
     SCENES,
     SCRIPT,
@@ -33,6 +35,7 @@ from tests.trainer import (
     read,
     run,
     train_cpal,
+    training,
 )
 
 
@@ -223,6 +226,10 @@ def test_a_crop_s_mask_goes_with_its_picture() -> None:
         (["--crop", "31"], "--crop: the segmentation network needs at least 32 pixels, got 31"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--train-scenes", "0"], "--train-scenes: expected at least 1, got 0"),
+        (["--head-lr", "0"], "--head-lr: expected a factor above 0, got 0"),
+        (["--crop", "7"], "--crop: small:8 needs at least 8 pixels, got 7"),
+        (["--weights", "timm", "--stages", "classify"], "--weights: .*small:8 has no pre-trained weights, got 'timm'"),
+        (["--weights", "package:lite"], "--weights: load_weights: small:8 has no pre-trained weights"),
         (["--bank", "top_k"], "--bank: expected NAME=VALUE, got 'top_k'"),
     ],
 )
@@ -263,7 +270,33 @@ def test_presets_fill_what_is_not_given(preset: str) -> None:
     for name, value in train_cpal.PRESETS[preset].items():
         assert getattr(args, name) == (0.5 if name == "lr" else value)
     assert args.scales[0] == 1  # the grid of the maps
-    assert None not in (args.pretrained, args.crop, args.segmentation_epochs)
+    assert None not in (args.stride, args.bank_features, args.head_lr, args.crop, args.segmentation_epochs)
+
+
+def test_the_preset_fits_the_data_and_the_weights_the_preset() -> None:
+    assert train_cpal.parse([]).preset == "scenes"
+    folder = ["--data", "folder"]
+    args = train_cpal.parse(folder)
+    assert (args.preset, args.backbone, args.weights) == (
+        *("pretrained", "tf_efficientnet_lite0", "package:efficientnet-lite0"),
+    )
+    assert train_cpal.parse([*folder, "--weights", "none"]).weights is None
+    assert train_cpal.parse([*folder, "--preset", "scratch"]).weights is None
+    assert train_cpal.parse([*folder, "--preset", "paper-voc"]).weights == "timm"
+    # AMN's are those of its first run, unless it is given masks and so has none.
+    assert train_cpal.parse([*folder, "--head", "amn"]).weights is None
+    assert train_cpal.parse([*folder, "--head", "amn", "--masks", "x"]).weights == "package:efficientnet-lite0"
+
+
+def test_the_head_can_learn_faster_than_the_backbone() -> None:
+    network = CAMNetwork(SmallResNet(2), 3)
+    groups = training.parameter_groups(network, 10.0)
+    assert {group["factor"]: len(group["params"]) for group in groups} == {
+        1.0: len(list(network.backbone.parameters())),
+        10.0: 1,
+    }
+    (alone,) = training.parameter_groups(network, 1.0)
+    assert [id(each) for each in alone["params"]] == [id(each) for each in network.parameters()]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

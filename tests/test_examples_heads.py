@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import cpal_stages
 import pytest
+import torch
+from torch import Tensor
 
+from protoseg import ContextPrototypeBank
 from protoseg.data.scenes import Scenes
-from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run
+from protoseg.models.backbones import TimmBackbone
+from protoseg.models.heads import CAMNetwork
+from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run, train_cpal
 
 AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]
 
@@ -50,7 +58,7 @@ def test_weights_are_where_training_begins(amn: Path, tmp_path: Path) -> None:
     assert len(learnt) > 10
     for key in learnt:
         assert_equal(after[key], before[key])
-    with pytest.raises(SystemExit, match=r"--weights: .* is of another backbone"):
+    with pytest.raises(SystemExit, match=r"--weights: .* tensors of small:12 do not fit: layers.0.weight must"):
         run(tmp_path / "wide", "--backbone", "small:12", "--weights", str(path))
 
 
@@ -79,6 +87,42 @@ def test_mct(tmp_path: Path, fusion: str) -> None:
     assert set(metrics["segmentation"]["eval"]) == {"miou", "per_class", "all_background"}
 
 
+TIMM = ["--backbone", "mobilenetv3_small_050", "--segmentation", "deeplabv3plus:backbone", "--bank-features"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--head", "mct", "--start", "0"), AMN], ids=["cam", "mct", "amn"])
+def test_backbones_of_timm_in_every_head(tmp_path: Path, flags: Sequence[str]) -> None:
+    """With a file of weights, the map before the last, a rate of the head's own, and a segmentation network on it."""
+    torch.manual_seed(0)
+    weights = TimmBackbone("mobilenetv3_small_050").state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    own = ["--crop", "64", "--size", "64", "--head-lr", "10", "--weights", str(tmp_path / "weights.pt")]
+    metrics = run(tmp_path / "run", *TIMM, "penultimate", *own, *flags)
+    assert_maps(metrics["maps"], ("background", *Scenes(1).classes))
+    assert checkpoint(tmp_path / "run")["bank"]["bank"].shape[-1] == 48
+    trained = checkpoint(tmp_path / "run", "segment")["model"]
+    assert {key for key in trained if key.startswith("encoder.")} == {
+        "encoder.model." + key.removeprefix("network.") for key in weights
+    }
+
+
+def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to the segmentation network on it; a grey of one half becomes 0 by Lite0's mean."""
+    grey = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+    backbone = TimmBackbone("tf_efficientnet_lite0")
+    network = CAMNetwork(backbone, 8).eval()
+    seen: list[Tensor] = []
+    backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    real = backbone.last_two
+    monkeypatch.setattr(backbone, "last_two", lambda images: (seen.append(images), real(images))[1])
+    args = train_cpal.parse(["--size", "50", "--scales", "1", "1.5"])
+    sample = Scenes(1)[0]._replace(image=grey)
+    net = cpal_stages.Network(network, ContextPrototypeBank(8, 320))
+    cpal_stages.infer(net, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert {tuple(each.shape[-2:]) for each in seen} == {(48, 64), (64, 96)}
+    assert max(float(each.abs().max()) for each in seen) < 0.01
+
+
 def test_what_does_not_fit_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--masks: only --head amn learns from masks"):
         main(["--output", str(tmp_path), "--masks", str(tmp_path)])
@@ -92,6 +136,15 @@ def test_what_does_not_fit_stops_at_once(tmp_path: Path) -> None:
         main(["--output", str(tmp_path), "--maps", "cam"])
     with pytest.raises(SystemExit, match="--backbone: "):
         main(["--output", str(tmp_path), "--head", "mct", "--backbone", "small:wide"])
-    with pytest.raises(SystemExit, match="--backbone: TimmTransformer: resnet18 is no plain vision transformer"):
-        main(["--output", str(tmp_path), "--head", "mct", "--backbone", "resnet18", "--segmentation", "unet:resnet18"])
+    flags = ["--output", str(tmp_path), "--head", "mct", "--segmentation", "unet:resnet18"]
+    with pytest.raises(SystemExit, match="--backbone: MCTNetwork: bank_features must be 'last' for the transformer"):
+        main([*flags, "--backbone", "vit_tiny_patch16_224", "--bank-features", "penultimate"])
+    with pytest.raises(
+        SystemExit, match="--weights: package:efficientnet-lite0 holds the weights of tf_efficientnet_l"
+    ):
+        main([*flags, "--backbone", "resnet10t", "--weights", "package:efficientnet-lite0"])
+    with pytest.raises(
+        SystemExit, match=r"--segmentation: .*'unet:backbone' needs a backbone of timm, .* got NoneType"
+    ):
+        main([*flags[:4], "--backbone", "vit_tiny_patch16_224", "--segmentation", "unet:backbone"])
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,8 @@ import cpal_stages, train_cpal
 out, argv = sys.argv[1], sys.argv[2:]
 real = {"train": train_cpal.train, "seeds": train_cpal.seeds}
 
-def train(name, model, crops, loss_of, epochs, args, accelerator, modules):
-    history = real["train"](name, model, crops, loss_of, epochs, args, accelerator, modules)
+def train(name, model, crops, loss_of, epochs, args, accelerator, modules, **options):
+    history = real["train"](name, model, crops, loss_of, epochs, args, accelerator, modules, **options)
     torch.save({"model": model.state_dict(), **{key: each.state_dict() for key, each in modules.items()}},
                f"{out}/{name}-{accelerator.process_index}.pt")
     return history
@@ -86,7 +86,7 @@ def test_two_processes_score_every_picture_once(
     monkeypatch.setattr(train_cpal, "seeds", lambda net, *rest: (real(net, *rest), banks.append(net.bank))[0])
     shutil.copytree(output, tmp_path, dirs_exist_ok=True)
     flags = ("--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1")
-    alone = run(tmp_path, *flags, "--stages", "seeds", "refine")
+    alone = run(tmp_path, *flags, "--stages", "seeds", "refine", "--overwrite")
     together = torch.load(watched / "seeds-0.pt", weights_only=True)["bank"]
     for key, value in banks[0].state_dict().items():
         if key != "step":

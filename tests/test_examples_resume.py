@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,12 @@ def test_a_killed_run_resumes_bit_for_bit(stage: str, unbroken: Path, tmp_path: 
     with pytest.MonkeyPatch.context() as patch:
         forward: list[str] = []
         real = train_cpal.train
-        patch.setattr(train_cpal, "train", lambda name, *rest: forward.append(name) or real(name, *rest))
+
+        def watched(name: str, *rest: Any, **options: Any) -> Any:
+            forward.append(name)
+            return real(name, *rest, **options)
+
+        patch.setattr(train_cpal, "train", watched)
         metrics = run(tmp_path, *LONG, "--resume")
     assert forward == (["classify", "segment"] if stage == "classify" else ["segment"])
     assert findings(metrics) == findings(read(unbroken))
@@ -96,7 +102,7 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
         run(finished, "--resume", "--epochs", "3")
     with pytest.raises(
         SystemExit,
-        match=r"seed was 0 and is 1, bank was \['centre=false', 'background_contexts=20'\] and is \['top_k=1'\]",
+        match=r"seed was 0 and is 1, bank was \[\] and is \['top_k=1'\]",
     ):
         run(finished, "--stages", "seeds", "--seed", "1", "--bank", "top_k=1")
     with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
@@ -114,7 +120,9 @@ def test_a_run_of_other_processes_is_not_resumed(finished: Path, tmp_path: Path)
 
 def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    metrics = run(tmp_path, "--stages", "refine", "--threshold", "0.9", "--refine", "none", "--seed-map", "cam")
+    metrics = run(
+        tmp_path, "--stages", "refine", "--threshold", "0.9", "--refine", "none", "--seed-map", "cam", "--overwrite"
+    )
     assert metrics["pseudo_masks"]["train"]["threshold"] == 0.9
     assert metrics["pseudo_masks"]["train"]["map"] == "cam"
     assert metrics["maps"] == read(finished)["maps"]
@@ -133,11 +141,28 @@ def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, t
 def test_a_run_anew_leaves_nothing_of_the_old_one(finished: Path, tmp_path: Path) -> None:
     """Not even a finished segmentation network that a later --resume would take for its own."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    run(tmp_path, "--stages", "classify", "--train-scenes", "16")
+    run(tmp_path, "--stages", "classify", "--train-scenes", "16", "--overwrite")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
         *("classify.pt", "config.json", "metrics.json", "progress.json", "report.html"),
     ]
     assert read(tmp_path)["maps"] == {}
+
+
+def test_the_same_command_again_deletes_nothing(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flags in ((), ("--stages", "refine"), ("--seed", "1")):
+        with pytest.raises(SystemExit, match=r"holds results .* would delete; .* --resume, or say --overwrite"):
+            run(tmp_path, *flags)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_page_that_no_run_wrote_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    for flags in ((), ("--overwrite",), ("--resume",)):
+        with pytest.raises(SystemExit, match=r"holds results \(report.html and 0 more\)"):
+            run(tmp_path, *flags)
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def test_a_folder_of_someone_else_s_files_keeps_them(tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
-"""The CAM network and its backbones."""
+"""The CAM network."""
 
 from __future__ import annotations
 
-import builtins
-import math
-import re
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protoseg.models.heads import CAMNetwork, SmallResNet, TimmBackbone, build_cam_network
+from protoseg import ContextPrototypeBank
+from protoseg.models.backbones import SmallResNet, TimmBackbone
+from protoseg.models.heads import CAMNetwork, build_cam_network
 
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
@@ -20,46 +18,6 @@ pytest.importorskip("timm", reason="the extra timm is not installed")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def resnet() -> TimmBackbone:
-    return TimmBackbone("resnet10t").eval()
-
-
-@pytest.mark.parametrize("size", [(32, 48), (33, 47), (8, 8), (1, 9)])
-@pytest.mark.parametrize("width", [1, 8])
-def test_small_network_has_stride_8(size: tuple[int, int], width: int) -> None:
-    network = SmallResNet(width).eval()
-    out = network(torch.rand(2, 3, *size))
-    assert out.shape == (2, 4 * width, math.ceil(size[0] / network.stride), math.ceil(size[1] / network.stride))
-    assert network.channels == 4 * width
-    assert out.min() >= 0
-
-
-def test_small_network_s_size_is_the_documented_one() -> None:
-    found = re.search(r"it has ([\d.]+) million parameters", SmallResNet.__doc__ or "")
-    assert found is not None
-    assert sum(each.numel() for each in SmallResNet().parameters()) == pytest.approx(1e6 * float(found[1]), rel=0.06)
-
-
-@pytest.mark.parametrize("depths", [(1, 1, 1, 1), (2, 1, 3, 1)])
-def test_depths_are_blocks(depths: Sequence[int]) -> None:
-    network = SmallResNet(4, depths=depths)
-    assert len(network.layers) == 3 + sum(depths)
-    assert network(torch.rand(2, 3, 16, 16)).shape == (2, 16, 2, 2)
-
-
-@pytest.mark.parametrize("width", [0, -3])
-def test_width_must_be_positive(width: int) -> None:
-    with pytest.raises(ValueError, match=f"SmallResNet: width must be above 0, got {width}"):
-        SmallResNet(width)
-
-
-@pytest.mark.parametrize("depths", [(1, 1, 1), (1, 0, 1, 1), ()])
-def test_depths_must_be_four(depths: Sequence[int]) -> None:
-    with pytest.raises(ValueError, match=r"SmallResNet: depths must be four numbers of at least 1, got \("):
-        SmallResNet(4, depths=depths)
 
 
 def test_the_cam_is_the_classifier_on_every_pixel_and_its_mean_the_logit() -> None:
@@ -76,6 +34,16 @@ def test_the_cam_is_the_classifier_on_every_pixel_and_its_mean_the_logit() -> No
             assert float(logits[b, c]) == pytest.approx(sum(map(sum, scores)) / 12, abs=1e-5)
     # The head of Zhou et al., which pools first, gives the same logits.
     torch.testing.assert_close(logits, features.mean((-2, -1)) @ weight.T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_prior_is_what_the_logits_say_of_nothing() -> None:
+    network = CAMNetwork(SmallResNet(4), 3, prior=0.1).eval()
+    images = torch.rand(2, 3, 24, 32)
+    logits, _, cam = network(images)
+    torch.testing.assert_close((logits - cam.mean((-2, -1))).sigmoid(), torch.full((2, 3), 0.1))
+    for prior in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"CAMNetwork: prior must lie between 0 and 1, got {prior}"):
+            CAMNetwork(SmallResNet(4), 3, prior=prior)
 
 
 @pytest.mark.parametrize("output", ["logits", "features", "cam"])
@@ -118,68 +86,13 @@ def test_classes_must_be_positive() -> None:
         CAMNetwork(SmallResNet(4), 0)
 
 
-def test_timm_network_s_last_stage(resnet: TimmBackbone) -> None:
-    images = torch.rand(1, 3, 64, 96)
-    with torch.no_grad():
-        features = resnet(images)
-    assert features.shape == (1, resnet.channels, 4, 6)
-    assert resnet.stride == 16
-
-
-@pytest.mark.parametrize(("name", "stride"), [("resnet10t", 8), ("resnet10t", 32), ("mobilenetv3_small_050", 8)])
-def test_timm_network_s_stride(name: str, stride: int) -> None:
-    backbone = TimmBackbone(name, stride=stride).eval()
-    with torch.no_grad():
-        features = backbone(torch.rand(1, 3, 64, 64))
-    assert features.shape == (1, backbone.channels, 64 // stride, 64 // stride)
-    assert backbone.stride == stride
-
-
-def test_timm_network_in_a_cam_network(resnet: TimmBackbone) -> None:
-    network = CAMNetwork(resnet, 5)
+def test_timm_network_in_a_cam_network() -> None:
+    network = CAMNetwork(TimmBackbone("resnet10t").eval(), 5)
     out = network(torch.rand(1, 3, 32, 32))
     assert out.cam.shape == (1, 5, 2, 2)
     torch.testing.assert_close(out.cam.mean((-2, -1)), out.logits)
     out.cam.sum().backward()
     assert all(each.grad is not None for each in network.parameters())
-
-
-def test_an_unknown_timm_name_lists_near_ones() -> None:
-    with pytest.raises(ValueError, match=r"must be a timm model, got 'resnt50'; near names: .*\bresnet50\b"):
-        TimmBackbone("resnt50")
-    with pytest.raises(ValueError, match=r"got '7#7#7'; near names: see timm.list_models\(\)"):
-        TimmBackbone("7#7#7")
-
-
-def test_a_timm_name_may_name_its_weights() -> None:
-    assert TimmBackbone("resnet10t.c3_in1k").channels == 512
-
-
-def test_a_timm_network_that_cannot_be_dilated() -> None:
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot have stride 16 .*take a convolutional network"):
-        TimmBackbone("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match=r"vgg11 cannot have stride 16 or features_only \(AssertionError\)"):
-        TimmBackbone("vgg11")
-
-
-@pytest.mark.parametrize("stride", [0, 7, 64])
-def test_strides_there_are(stride: int) -> None:
-    with pytest.raises(ValueError, match=f"TimmBackbone: stride must be 8, 16 or 32, got {stride}"):
-        TimmBackbone("mobilenetv3_small_050", stride=stride)
-
-
-def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "timm":
-            raise ImportError("No module named 'timm'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'TimmBackbone needs timm; run pip install "protoseg\[timm\]"'):
-        TimmBackbone("resnet10t")
-    assert build_cam_network("small:2", 3).channels == 8  # needs none
 
 
 @pytest.mark.parametrize(("name", "channels"), [("small", 128), ("small:", 128), ("small:6", 24), ("resnet10t", 512)])
@@ -197,16 +110,47 @@ def test_stride_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained", "message"),
+    ("name", "weights", "message"),
     [
-        ("small", True, "'small' has no pre-trained weights; name a timm model"),
-        ("small:8", True, "'small:8' has no pre-trained weights"),
-        ("small:wide", False, "backbone must look like 'small:32', got 'small:wide'"),
-        ("small:-8", False, "backbone must look like 'small:32', got 'small:-8'"),
-        ("small:0", False, "width must be above 0, got 0"),
-        ("smal", False, "must be a timm model, got 'smal'"),
+        ("small", "timm", "small:32 has no pre-trained weights, got 'timm'; take a timm model or a file"),
+        ("small:8", "package:efficientnet-lite0", "small:8 has no pre-trained weights"),
+        ("small:wide", None, "backbone must look like 'small:32', got 'small:wide'"),
+        ("small:-8", None, "backbone must look like 'small:32', got 'small:-8'"),
+        ("small:0", None, "width must be above 0, got 0"),
+        ("smal", None, "must be a timm model, got 'smal'"),
     ],
 )
-def test_names_that_cannot_be(name: str, pretrained: bool, message: str) -> None:
+def test_names_that_cannot_be(name: str, weights: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_cam_network(name, 3, pretrained=pretrained)
+        build_cam_network(name, 3, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["small:4", "mobilenetv3_small_050"])
+def test_weights_by_name(name: str, tmp_path: Path) -> None:
+    first = build_cam_network(name, 3)
+    torch.save(first.state_dict(), tmp_path / "first.pt")
+    second = build_cam_network(name, 5, weights=tmp_path / "first.pt")
+    for key, value in first.backbone.state_dict().items():
+        assert torch.equal(second.backbone.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["small:4", "mobilenetv3_small_050"])
+def test_a_bank_can_be_given_the_map_before_the_last(name: str) -> None:
+    last = build_cam_network(name, 3).eval()
+    network = build_cam_network(name, 3, bank_features="penultimate").eval()
+    network.load_state_dict(last.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    out, usual = network(images), last(images)
+    penultimate, features = network.backbone.last_two(images)
+    assert torch.equal(out.cam, usual.cam)
+    assert torch.equal(out.logits, usual.logits)
+    assert torch.equal(out.features, penultimate)
+    assert torch.equal(usual.features, features)
+    assert network.channels == network.backbone.penultimate_channels == penultimate.shape[1]
+    bank = ContextPrototypeBank(3, network.channels)
+    bank(out.features, out.cam, torch.eye(3)[:2]).loss.backward()
+
+
+def test_bank_features_there_are() -> None:
+    with pytest.raises(ValueError, match="bank_features must be one of 'penultimate', 'last', got 'first'"):
+        CAMNetwork(SmallResNet(4), 3, bank_features="first")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from protoseg import ContextPrototypeBank
 from protoseg.models.amn import AMNNetwork, activation_loss
-from protoseg.models.heads import SmallResNet
+from protoseg.models.backbones import SmallResNet, TimmBackbone
 
 timm = pytest.importorskip("timm", reason="the extra timm is not installed")
 
 from protoseg.models.mct import (  # noqa: E402
+    Hybrid,
     MCTNetwork,
-    SmallHybrid,
     TimmTransformer,
     class_token_contrast,
+    is_plain_transformer,
 )
 
 LABELS = torch.tensor([[1, 0, 1], [0, 1, 0]])
@@ -59,6 +61,17 @@ class TestAMN:
         bank(out.features, out.cam, LABELS).loss.backward()
         assert network.label_encoder.weight.grad is not None
         assert bank.count[:3].tolist() == [1, 1, 1]
+
+    def test_a_bank_can_be_given_the_map_before_the_last(self) -> None:
+        network = AMNNetwork(TimmBackbone("mobilenetv3_small_050"), 3, rates=(1, 2), bank_features="penultimate").eval()
+        images = torch.rand(2, 3, 64, 64)
+        out = network(images, LABELS)
+        assert torch.equal(out.features, network.backbone.last_two(images)[0])
+        assert network.channels == out.features.shape[1] == 48
+        usual = AMNNetwork(network.backbone, 3, rates=(1, 2)).eval()
+        usual.load_state_dict(network.state_dict())
+        assert torch.equal(usual(images, LABELS).cam, out.cam)
+        assert usual.channels == usual(images, LABELS).features.shape[1] == 288
 
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match=r"labels must have shape \(2, 3\), got \(2, 4\); pass the pictures' tags"):
@@ -119,7 +132,7 @@ def fusion(request: pytest.FixtureRequest) -> str:
 class TestMCT:
     def network(self, fusion: str = "v2") -> MCTNetwork:
         torch.manual_seed(0)
-        return MCTNetwork(SmallHybrid(4, depth=2, heads=2), 3, fusion=fusion, attentions=1)  # type: ignore[arg-type]
+        return MCTNetwork(Hybrid(SmallResNet(4), depth=2, heads=2), 3, fusion=fusion, attentions=1)  # type: ignore[arg-type]
 
     def test_shapes(self, fusion: str) -> None:
         out = self.network(fusion)(torch.rand(2, 3, 32, 48))
@@ -162,6 +175,38 @@ class TestMCT:
         assert network.class_tokens.grad.abs().sum() > 0
         assert all(each.grad is None or each.grad.isfinite().all() for each in network.parameters())
 
+    @pytest.mark.parametrize("features", ["last", "penultimate"])
+    def test_blocks_on_convolutions_of_timm(self, features: str) -> None:
+        backbone = TimmBackbone("mobilenetv3_small_050")
+        hybrid = Hybrid(backbone, 16, depth=2, heads=2)
+        network = MCTNetwork(hybrid, 3, bank_features=features).eval()  # type: ignore[arg-type]
+        images = torch.rand(2, 3, 64, 96)
+        out = network(images)
+        assert out.cam.shape == (2, 3, 4, 6)
+        assert out.tokens.shape == (2, 2, 3, 16)
+        assert network.channels == out.features.shape[1] == (16 if features == "last" else 48)
+        assert torch.equal(hybrid(images), hybrid.project(backbone(images)))
+        if features == "penultimate":
+            assert torch.equal(out.features, backbone.last_two(images)[0])
+        assert (hybrid.mean, hybrid.std, hybrid.multiple) == (backbone.mean, backbone.std, 16)
+
+    def test_plain_transformers_are_known_by_name(self) -> None:
+        names = ("vit_tiny_patch16_224", "deit_small_patch16_224.fb_in1k", "resnet18", "swin_tiny_patch4_window7_224")
+        assert [is_plain_transformer(each) for each in names] == [True, True, False, False]
+
+    def test_a_transformer_s_weights_from_files_of_timm_and_of_ours(self, tmp_path: Path) -> None:
+        whole = timm.create_model("vit_tiny_patch16_224")
+        torch.save({"model": whole.state_dict()}, tmp_path / "timm.pth")
+        backbone = TimmTransformer("vit_tiny_patch16_224", weights=tmp_path / "timm.pth")
+        assert torch.equal(backbone.position, whole.pos_embed[:, 1:])
+        assert torch.equal(backbone.project.weight, whole.patch_embed.proj.weight)
+        assert torch.equal(backbone.blocks[-1].attn.qkv.weight, whole.blocks[-1].attn.qkv.weight)
+        torch.save({"model": MCTNetwork(backbone, 3).state_dict()}, tmp_path / "ours.pt")
+        again = TimmTransformer("vit_tiny_patch16_224", weights=tmp_path / "ours.pt")
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in backbone.state_dict().items())
+        with pytest.raises(ValueError, match="tensors of deit_small_patch16_224 do not fit: position must have shape"):
+            TimmTransformer("deit_small_patch16_224", weights=tmp_path / "ours.pt")
+
     def test_a_transformer_of_timm_at_another_size(self) -> None:
         backbone = TimmTransformer("vit_tiny_patch16_224")
         assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
@@ -190,7 +235,11 @@ class TestMCT:
         with pytest.raises(ValueError, match="resnet18 is no plain vision transformer"):
             TimmTransformer("resnet18")
         with pytest.raises(ValueError, match="16 channels must be a multiple of heads, got 3"):
-            SmallHybrid(4, heads=3)
+            Hybrid(SmallResNet(4), heads=3)
+        with pytest.raises(ValueError, match="30 channels must be a multiple of heads, got 4"):
+            Hybrid(SmallResNet(4), 30)
+        with pytest.raises(ValueError, match="bank_features must be 'last' for the transformer vit_tiny_patch16_224"):
+            MCTNetwork(TimmTransformer("vit_tiny_patch16_224"), 3, bank_features="penultimate")
         with pytest.raises(ValueError, match="fusion must be one of 'v2', 'plus', got 'v3'"):
             self.network("v3")
 

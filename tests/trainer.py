@@ -19,6 +19,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="the extra examples is
 import common
 import pseudo_masks
 import train_cpal
+import training
 
 __all__ = [
     "MAPS",
@@ -38,6 +39,7 @@ __all__ = [
     "read",
     "run",
     "train_cpal",
+    "training",
 ]
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_cpal.py"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import _checks
-from protoseg.models.heads import SmallResNet, TimmBackbone
+from protoseg.models.backbones import Backbone, BankFeatures
 
 __all__ = ["AMNNetwork", "AMNOutput", "activation_loss"]
 
@@ -20,7 +20,7 @@ class AMNOutput(NamedTuple):
 
     Attributes:
         logits: ``[B, C+1, h, w]``, background in front, for :func:`activation_loss`.
-        features: ``[B, D, h, w]`` of the backbone, before tags condition them.
+        features: ``[B, D, h, w]``, the backbone's last or last but one map, before tags condition anything.
         cam: ``[B, C, h, w]``, logits less background's, above 0 where a class is likelier; absent classes 0.
     """
 
@@ -43,10 +43,16 @@ class AMNNetwork(nn.Module):
     bank is given features that the tags have not scaled, which can be compared between pictures.
 
     Args:
-        backbone: Takes ``[B, 3, H, W]`` to ``[B, D, h, w]`` and has ``channels`` = ``D``.
+        backbone: Takes ``[B, 3, H, W]`` to its last two maps, of one size.
         num_classes: ``C``, foreground classes.
         rates: Dilations, at least 1 each. The published ones suit maps of 32x32 and more.
         dropout: Of the conditioned features.
+        bank_features: The map that a prototype bank is given: ``"last"``, which the convolutions read, or
+            ``"penultimate"``, the input of the backbone's last block.
+
+    Attributes:
+        channels: ``D``, channels of those features.
+        bank_features: As given.
 
     Shape:
         - images: ``[B, 3, H, W]``
@@ -54,9 +60,11 @@ class AMNNetwork(nn.Module):
         - output: :class:`AMNOutput`
 
     Raises:
-        ValueError: ``num_classes`` below 1, no rates or one below 1, or labels of another shape.
+        ValueError: ``num_classes`` below 1, no rates or one below 1, features of another name, or labels of another
+            shape.
 
     Example:
+        >>> from protoseg.models.backbones import SmallResNet
         >>> network = AMNNetwork(SmallResNet(8), num_classes=5, rates=(1, 2))
         >>> out = network(torch.zeros(2, 3, 32, 32), torch.eye(5)[:2])
         >>> out.logits.shape, out.cam.shape
@@ -65,23 +73,26 @@ class AMNNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: SmallResNet | TimmBackbone,
+        backbone: Backbone,
         num_classes: int,
         *,
         rates: Sequence[int] = (6, 12, 18, 24),
         dropout: float = 0.1,
+        bank_features: BankFeatures = "last",
     ) -> None:
         super().__init__()
         _checks.positive("AMNNetwork", "num_classes", num_classes)
         if not rates or min(rates) < 1:
             raise ValueError(f"AMNNetwork: rates must be one or more numbers of at least 1, got {tuple(rates)}")
+        _checks.choice("AMNNetwork", "bank_features", bank_features, get_args(BankFeatures))
         self.num_classes = num_classes
         self.backbone = backbone
-        self.channels: int = backbone.channels
-        self.label_encoder = nn.Linear(num_classes, self.channels)
+        self.bank_features: BankFeatures = bank_features
+        self.channels = backbone.channels if bank_features == "last" else backbone.penultimate_channels
+        self.label_encoder = nn.Linear(num_classes, backbone.channels)
         self.dropout = nn.Dropout(dropout)
         self.atrous = nn.ModuleList(
-            nn.Conv2d(self.channels, num_classes + 1, 3, padding=rate, dilation=rate) for rate in rates
+            nn.Conv2d(backbone.channels, num_classes + 1, 3, padding=rate, dilation=rate) for rate in rates
         )
         for conv in self.atrous:
             assert isinstance(conv, nn.Conv2d)
@@ -92,10 +103,11 @@ class AMNNetwork(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> AMNOutput:
         """Return logits, features and CAM. See the class for shapes and errors."""
         _checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
-        features = self.backbone(images)
-        conditioned = self.dropout(features * self.label_encoder(labels.to(features.dtype))[..., None, None])
+        penultimate, last = self.backbone.last_two(images)
+        conditioned = self.dropout(last * self.label_encoder(labels.to(last.dtype))[..., None, None])
         logits = torch.stack([conv(conditioned) for conv in self.atrous]).sum(0)
         odds = logits[:, 1:] - logits[:, :1]
+        features = last if self.bank_features == "last" else penultimate
         return AMNOutput(logits, features, odds * (labels != 0)[..., None, None])
 
 

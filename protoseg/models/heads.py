@@ -1,17 +1,18 @@
-"""The plain CAM head on a timm backbone, or on a small residual network for runs from scratch."""
+"""The plain CAM head on a backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+import os
+from typing import NamedTuple, get_args
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from protoseg import _checks
-from protoseg.models._timm import knowing
+from protoseg.models.backbones import Backbone, BankFeatures, SmallResNet, TimmBackbone, load_weights
 
-__all__ = ["CAMNetwork", "CAMOutput", "SmallResNet", "TimmBackbone", "build_cam_network"]
+__all__ = ["CAMNetwork", "CAMOutput", "build_cam_network"]
 
 
 class CAMOutput(NamedTuple):
@@ -19,7 +20,7 @@ class CAMOutput(NamedTuple):
 
     Attributes:
         logits: ``[B, C]`` for a multi-label loss.
-        features: ``[B, D, h, w]`` of the backbone's last stage.
+        features: ``[B, D, h, w]``, what a prototype bank compares: of the backbone's last or last but one map.
         cam: ``[B, C, h, w]`` raw scores: the classifier on every pixel. Connected to the graph.
     """
 
@@ -28,152 +29,32 @@ class CAMOutput(NamedTuple):
     cam: Tensor
 
 
-class SmallResNet(nn.Module):
-    """A residual network of four stages at strides 2, 4, 8 and 8, for small pictures and runs from scratch.
-
-    Basic blocks with batch normalisation. With the default width it has 0.9 million parameters and reaches in minutes
-    on two CPU cores what a network without pre-training can reach on a few hundred pictures. The stride of 8 keeps
-    small objects visible in the CAM.
-
-    Args:
-        width: Channels of the first stage, at least 1; the others have 2, 4 and 4 times as many.
-        depths: Blocks per stage.
-
-    Attributes:
-        channels: Channels of the output, ``4 * width``.
-        stride: 8.
-
-    Shape:
-        ``[B, 3, H, W]`` to ``[B, 4 * width, ceil(H / 8), ceil(W / 8)]``, of at least 0.
-
-    Example:
-        >>> SmallResNet(8)(torch.zeros(1, 3, 32, 48)).shape
-        torch.Size([1, 32, 4, 6])
-    """
-
-    stride = 8
-
-    def __init__(self, width: int = 32, *, depths: Sequence[int] = (1, 1, 2, 1)) -> None:
-        super().__init__()
-        _checks.positive("SmallResNet", "width", width)
-        if len(depths) != 4 or min(depths) < 1:
-            raise ValueError(f"SmallResNet: depths must be four numbers of at least 1, got {tuple(depths)}")
-        channels = (width, 2 * width, 4 * width, 4 * width)
-        self.channels = channels[-1]
-        layers: list[nn.Module] = [_conv(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU()]
-        inputs = width
-        for outputs, stride, depth in zip(channels, (1, 2, 2, 1), depths, strict=True):
-            for index in range(depth):
-                layers.append(_Block(inputs, outputs, stride if index == 0 else 1))
-                inputs = outputs
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the features of the last stage."""
-        features: Tensor = self.layers(images)
-        return features
-
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the pictures and the last features at stride 2, 4 and 8, as decoders want them.
-
-        Args:
-            images: ``[B, 3, H, W]`` with sides of at least 8.
-
-        Returns:
-            Four maps, of 3, ``width``, ``2 * width`` and ``4 * width`` channels.
-        """
-        maps = [images]
-        for layer in self.layers:
-            features = layer(maps[-1])
-            if features.shape[-2:] == maps[-1].shape[-2:]:
-                maps[-1] = features
-            else:
-                maps.append(features)
-        return maps
-
-
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _conv(inputs, outputs, 3, stride),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            _conv(outputs, outputs, 3, 1),
-            nn.BatchNorm2d(outputs),
-        )
-        same = inputs == outputs and stride == 1
-        self.skip = nn.Identity() if same else nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
-
-    def forward(self, features: Tensor) -> Tensor:
-        summed: Tensor = self.skip(features) + self.body(features)
-        return F.relu(summed)
-
-
-def _conv(inputs: int, outputs: int, size: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-
-
-class TimmBackbone(nn.Module):
-    """The last feature map of any timm network that has ``features_only``.
-
-    Args:
-        name: A timm model name, such as ``"resnet50"``.
-        pretrained: Load timm's weights, which needs a network connection or a filled cache.
-        stride: Pixels per feature; 8, 16 or 32, where the network can be dilated.
-
-    Attributes:
-        channels: Channels of the output.
-        stride: As given.
-
-    Raises:
-        ImportError: timm is not installed.
-        ValueError: timm knows no such network, or it cannot have that stride.
-    """
-
-    def __init__(self, name: str, *, pretrained: bool = False, stride: int = 16) -> None:
-        super().__init__()
-        timm: Any = knowing("TimmBackbone", name)
-        if stride not in (8, 16, 32):
-            raise ValueError(f"TimmBackbone: stride must be 8, 16 or 32, got {stride}")
-        network: Any
-        try:
-            network = timm.create_model(
-                name, pretrained=pretrained, features_only=True, out_indices=(-1,), output_stride=stride
-            )
-        except (TypeError, AssertionError, NotImplementedError) as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(
-                f"TimmBackbone: {name} cannot have stride {stride} or features_only ({reason}); "
-                "take a convolutional network such as resnet50"
-            ) from error
-        self.network: nn.Module = network
-        self.channels = int(network.feature_info.channels()[-1])
-        self.stride = stride
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the features ``[B, D, h, w]`` of the last stage."""
-        features: Tensor = self.network(images)[-1]
-        return features
-
-
 class CAMNetwork(nn.Module):
     r"""Global average pooling and a 1x1 classifier: the class activation map comes with the prediction.
 
-    .. math:: M_c(j) = \langle w_c, F(j)\rangle, \qquad y_c = \frac{1}{HW} \sum_j M_c(j)
+    .. math:: M_c(j) = \langle w_c, F(j)\rangle, \qquad y_c = b_c + \frac{1}{HW} \sum_j M_c(j)
 
-    After Zhou et al., "Learning deep features for discriminative localization", 2016; no bias, so that the mean of
-    the map is the logit.
+    After Zhou et al., "Learning deep features for discriminative localization", 2016. Without ``prior`` there is no
+    bias, so that the mean of the map is the logit.
 
     Args:
-        backbone: Takes ``[B, 3, H, W]`` to ``[B, D, h, w]`` and has ``channels`` = ``D``.
+        backbone: Takes ``[B, 3, H, W]`` to its last two maps, of one size.
         num_classes: ``C``.
+        bank_features: The map that a prototype bank is given: ``"last"``, which the classifier reads, or
+            ``"penultimate"``, the input of the backbone's last block, which is less bent to the classes of its
+            training.
+        prior: Share of the pictures that a class is expected in, in (0, 1): what the logits say before any training, by
+            their bias. Where each class is rare, that spares a pretrained network some epochs.
 
     Attributes:
-        channels: ``D``, channels of the features.
+        channels: ``D``, channels of those features.
+        bank_features: As given.
 
     Shape:
         ``[B, 3, H, W]`` to :class:`CAMOutput`.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, features of another name, or ``prior`` outside (0, 1).
 
     Example:
         >>> out = CAMNetwork(SmallResNet(8), num_classes=5)(torch.zeros(2, 3, 32, 32))
@@ -181,41 +62,77 @@ class CAMNetwork(nn.Module):
         (torch.Size([2, 5]), torch.Size([2, 5, 4, 4]))
     """
 
-    def __init__(self, backbone: SmallResNet | TimmBackbone, num_classes: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        bank_features: BankFeatures = "last",
+        prior: float | None = None,
+    ) -> None:
         super().__init__()
         _checks.positive("CAMNetwork", "num_classes", num_classes)
+        _checks.choice("CAMNetwork", "bank_features", bank_features, get_args(BankFeatures))
         self.backbone = backbone
-        self.channels: int = backbone.channels
+        self.bank_features: BankFeatures = bank_features
+        self.channels = backbone.channels if bank_features == "last" else backbone.penultimate_channels
         self.classifier = nn.Conv2d(backbone.channels, num_classes, 1, bias=False)
+        if prior is not None and not 0 < prior < 1:
+            raise ValueError(f"CAMNetwork: prior must lie between 0 and 1, got {prior}")
+        self.bias: nn.Parameter | None = None
+        if prior is not None:
+            self.bias = nn.Parameter(torch.full((num_classes,), math.log(prior / (1 - prior))))
 
     def forward(self, images: Tensor) -> CAMOutput:
         """Return logits, features and CAM."""
-        features = self.backbone(images)
-        cam = self.classifier(features)
-        return CAMOutput(cam.mean(dim=(-2, -1)), features, cam)
+        penultimate, last = self.backbone.last_two(images)
+        cam = self.classifier(last)
+        features = last if self.bank_features == "last" else penultimate
+        logits = cam.mean(dim=(-2, -1))
+        if self.bias is not None:
+            logits = logits + self.bias
+        return CAMOutput(logits, features, cam)
 
 
-def build_cam_network(backbone: str, num_classes: int, *, pretrained: bool = False, stride: int = 16) -> CAMNetwork:
+def build_cam_network(
+    backbone: str,
+    num_classes: int,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    stride: int = 16,
+    bank_features: BankFeatures = "last",
+    prior: float | None = None,
+) -> CAMNetwork:
     """Make a CAM network by the name of its backbone.
 
     Args:
         backbone: ``"small"``, ``"small:WIDTH"``, or a timm model name.
         num_classes: ``C``.
-        pretrained: For timm: load its weights.
+        weights: What :func:`protoseg.models.backbones.load_weights` takes; ``None`` for random ones.
         stride: For timm: pixels per feature.
+        bank_features: Of :class:`CAMNetwork`.
+        prior: Likewise.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: Weights wanted for the small network, which has none, or an unknown name.
-        ImportError: timm is wanted and not installed.
+        FileNotFoundError: There is no such file of weights.
+        ImportError: timm, or the package of the weights, is wanted and not installed.
+        ValueError: An unknown name, or weights of another network; the small one has none but those of files.
+
+    Example:
+        >>> build_cam_network("small:8", 5).channels
+        32
     """
     kind, _, width = backbone.partition(":")
+    network: Backbone
     if kind != "small":
-        return CAMNetwork(TimmBackbone(backbone, pretrained=pretrained, stride=stride), num_classes)
-    if pretrained:
-        raise ValueError(f"build_cam_network: {backbone!r} has no pre-trained weights; name a timm model")
-    if width and not width.isdecimal():
+        network = TimmBackbone(backbone, weights=weights, stride=stride)
+    elif width and not width.isdecimal():
         raise ValueError(f"build_cam_network: backbone must look like 'small:32', got {backbone!r}")
-    return CAMNetwork(SmallResNet(int(width)) if width else SmallResNet(), num_classes)
+    else:
+        network = SmallResNet(int(width)) if width else SmallResNet()
+        if weights is not None:
+            load_weights(network, weights)
+    return CAMNetwork(network, num_classes, bank_features=bank_features, prior=prior)

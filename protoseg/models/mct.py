@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,9 +12,17 @@ from torch import Tensor, nn
 
 from protoseg import _checks
 from protoseg.models._timm import knowing
-from protoseg.models.heads import SmallResNet
+from protoseg.models._weights import fit_weights, read_file
+from protoseg.models.backbones import Backbone, BankFeatures
 
-__all__ = ["MCTNetwork", "MCTOutput", "SmallHybrid", "TimmTransformer", "class_token_contrast"]
+__all__ = [
+    "Hybrid",
+    "MCTNetwork",
+    "MCTOutput",
+    "TimmTransformer",
+    "class_token_contrast",
+    "is_plain_transformer",
+]
 
 Fusion = Literal["v2", "plus"]
 
@@ -22,7 +32,8 @@ class MCTOutput(NamedTuple):
 
     Attributes:
         logits: ``[B, C]`` of the patches, for a multi-label loss.
-        features: ``[B, D, h, w]``, the patches behind the last block.
+        features: ``[B, D, h, w]``, what a prototype bank compares: the patches behind the last block, or the last but
+            one map of a hybrid's convolutions, of as many channels as that has.
         cam: ``[B, C, h, w]``, at least 0: the maps below fused.
         token_logits: ``[B, C]`` of the class tokens, for a second multi-label loss.
         patch_cam: ``[B, C, h, w]`` raw scores of the convolution.
@@ -50,30 +61,60 @@ class TimmTransformer(nn.Module):
 
     Args:
         name: A timm model name, such as ``"deit_small_patch16_224"``.
-        pretrained: Load timm's weights, which needs a network connection or a filled cache.
+        weights: ``"timm"`` for timm's, which needs a network connection or a filled cache; the path of a file, of timm
+            or of a run of the trainer; ``None`` for random ones.
 
     Attributes:
         channels: ``D``.
         blocks: The blocks.
+        multiple: What the sides of pictures must be multiples of, a patch.
+        mean: What the network wants subtracted from colours in 0..1.
+        std: What it wants them divided by then.
+        name: As given.
 
     Raises:
+        FileNotFoundError: There is no such file of weights.
         ImportError: timm is not installed.
-        ValueError: timm knows no such network, or it is no plain vision transformer.
+        ValueError: timm knows no such network, it is no plain vision transformer, or the weights are of another one.
     """
 
-    def __init__(self, name: str, *, pretrained: bool = False) -> None:
+    def __init__(self, name: str, *, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         timm: Any = knowing("TimmTransformer", name)
-        network: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        network: Any = timm.create_model(name, pretrained=weights == "timm", num_classes=0)
         if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks")) or not all(
             hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
         ):
             raise ValueError(f"TimmTransformer: {name} is no plain vision transformer; take deit_small_patch16_224")
+        self.name = name
+        self.mean: tuple[float, float, float] = tuple(network.pretrained_cfg["mean"])
+        self.std: tuple[float, float, float] = tuple(network.pretrained_cfg["std"])
+        self.multiple: int = network.patch_embed.patch_size[0]
+
         self.project: nn.Module = network.patch_embed.proj
-        self.position = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :].clone())
         self.grid: tuple[int, int] = tuple(network.patch_embed.grid_size)
+        # Those of the tokens that are no patches come first, where there are any.
+        self.position = nn.Parameter(network.pos_embed.detach()[:, -self.grid[0] * self.grid[1] :].clone())
+        self.prefix = int(network.num_prefix_tokens)
         self.blocks: nn.ModuleList = nn.ModuleList(network.blocks)
         self.channels = int(network.embed_dim)
+        if weights is not None and weights != "timm":
+            self.load_weights(weights)
+
+    def load_weights(self, weights: str | os.PathLike[str]) -> None:
+        """Load ``"timm"`` or a file, as the constructor does, which also says what can be wrong with them."""
+        if weights == "timm":
+            self.load_state_dict(TimmTransformer(self.name, weights="timm").state_dict())
+            return
+
+        state: dict[str, Tensor] = {}
+        for name, value in read_file(Path(weights)).items():
+            ours = name.replace("patch_embed.proj.", "project.").replace("pos_embed", "position")
+            patches = self.position.shape[1]
+            if ours.endswith("position") and value.dim() == 3 and value.shape[1] == patches + self.prefix:
+                value = value[:, self.prefix :]
+            state[ours] = value
+        fit_weights(self, self.name, state, weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the patches ``[B, D, h, w]`` with their positions, as the first block wants them."""
@@ -84,42 +125,84 @@ class TimmTransformer(nn.Module):
         return patches + position
 
 
-class SmallHybrid(nn.Module):
-    """A small residual network whose features are the patches of a few transformer blocks, for runs from scratch.
+class Hybrid(nn.Module):
+    """A backbone of convolutions whose features are the patches of a few transformer blocks.
 
     Its convolutions see the borders of the picture, and so need no position embedding.
 
     Args:
-        width: Of :class:`protoseg.models.heads.SmallResNet`; ``D`` is four times as much.
+        backbone: The convolutions, with weights or without.
+        dim: ``D``; a 1x1 convolution takes the features to it. ``None`` for the features as they are.
         depth: Blocks, at least 1.
         heads: Of each block's attention.
 
     Attributes:
         channels: ``D``.
+        network: The backbone.
         blocks: The blocks.
+        multiple: The backbone's, as are ``mean`` and ``std``.
 
     Raises:
         ImportError: timm, whose blocks these are, is not installed.
-        ValueError: ``depth`` below 1, or ``D`` is no multiple of ``heads``.
+        ValueError: ``dim`` or ``depth`` below 1, or ``D`` is no multiple of ``heads``.
+
+    Example:
+        >>> from protoseg.models.backbones import SmallResNet
+        >>> Hybrid(SmallResNet(8), dim=16, depth=2)(torch.zeros(1, 3, 32, 48)).shape
+        torch.Size([1, 16, 4, 6])
     """
 
-    def __init__(self, width: int = 32, *, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, backbone: Backbone, dim: int | None = None, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         try:
             from timm.models.vision_transformer import Block
         except ImportError as error:
-            raise ImportError('SmallHybrid needs timm; run pip install "protoseg[timm]"') from error
-        _checks.positive("SmallHybrid", "depth", depth)
-        self.network = SmallResNet(width)
-        self.channels = self.network.channels
+            raise ImportError('Hybrid needs timm; run pip install "protoseg[timm]"') from error
+        _checks.positive("Hybrid", "depth", depth)
+        _checks.positive("Hybrid", "heads", heads)
+        self.channels = backbone.channels if dim is None else dim
+        _checks.positive("Hybrid", "dim", self.channels)
         if self.channels % heads:
-            raise ValueError(f"SmallHybrid: {self.channels} channels must be a multiple of heads, got {heads}")
+            raise ValueError(f"Hybrid: {self.channels} channels must be a multiple of heads, got {heads}")
+
+        self.network = backbone
+        self.mean = backbone.mean
+        self.std = backbone.std
+        self.multiple = backbone.multiple
+        self.project = nn.Identity() if dim is None else nn.Conv2d(backbone.channels, dim, 1)
         self.blocks = nn.ModuleList(Block(self.channels, heads, qkv_bias=True) for _ in range(depth))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the patches ``[B, D, h, w]``."""
-        features: Tensor = self.network(images)
-        return features
+        return self.last_two(images)[1]
+
+    def last_two(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the backbone's last but one map, and the patches.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+
+        Returns:
+            ``[B, network.penultimate_channels, h, w]`` and ``[B, D, h, w]``.
+        """
+        penultimate, last = self.network.last_two(images)
+        patches: Tensor = self.project(last)
+        return penultimate, patches
+
+
+def is_plain_transformer(name: str) -> bool:
+    """Whether a timm name is that of a network for :class:`TimmTransformer`; else it may be one for :class:`Hybrid`.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm knows no such network.
+
+    Example:
+        >>> is_plain_transformer("deit_small_patch16_224"), is_plain_transformer("resnet50")
+        (True, False)
+    """
+    timm: Any = knowing("is_plain_transformer", name)
+    return bool(timm.models.is_model_in_modules(name.partition(".")[0], ("vision_transformer", "deit")))
 
 
 class MCTNetwork(nn.Module):
@@ -137,46 +220,67 @@ class MCTNetwork(nn.Module):
     root, which has no slope at 0.
 
     Args:
-        backbone: Patches and blocks, see :class:`TimmTransformer`.
+        backbone: Patches and blocks, see :class:`TimmTransformer` and :class:`Hybrid`.
         num_classes: ``C``.
         fusion: ``"v2"`` or ``"plus"``.
         attentions: Last blocks whose attention makes the map; all of them where there are fewer.
+        bank_features: The map that a prototype bank is given: ``"last"``, the patches behind the last block, or
+            ``"penultimate"``, the input of the last block of a hybrid's convolutions.
+
+    Attributes:
+        channels: Channels of those features.
+        bank_features: As given.
 
     Shape:
         ``[B, 3, H, W]`` to :class:`MCTOutput`; ``h`` and ``w`` are ``H`` and ``W`` in patches.
 
     Raises:
-        ValueError: ``num_classes`` or ``attentions`` below 1, or another fusion.
+        ValueError: ``num_classes`` or ``attentions`` below 1, another fusion, or features that the backbone has not.
 
     Example:
-        >>> out = MCTNetwork(SmallHybrid(8, depth=2), num_classes=5)(torch.zeros(2, 3, 32, 48))
+        >>> from protoseg.models.backbones import SmallResNet
+        >>> out = MCTNetwork(Hybrid(SmallResNet(8), depth=2), num_classes=5)(torch.zeros(2, 3, 32, 48))
         >>> out.logits.shape, out.cam.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 4, 6]))
     """
 
     def __init__(
         self,
-        backbone: TimmTransformer | SmallHybrid,
+        backbone: TimmTransformer | Hybrid,
         num_classes: int,
         *,
         fusion: Fusion = "v2",
         attentions: int = 3,
+        bank_features: BankFeatures = "last",
     ) -> None:
         super().__init__()
         _checks.positive("MCTNetwork", "num_classes", num_classes)
         _checks.positive("MCTNetwork", "attentions", attentions)
         _checks.choice("MCTNetwork", "fusion", fusion, get_args(Fusion))
+        _checks.choice("MCTNetwork", "bank_features", bank_features, get_args(BankFeatures))
+        self.channels = backbone.channels
+        if bank_features == "penultimate":
+            if isinstance(backbone, TimmTransformer):
+                raise ValueError(
+                    f"MCTNetwork: bank_features must be 'last' for the transformer {backbone.name}, which has no "
+                    "convolutions, got 'penultimate'; take a Hybrid, or 'last'"
+                )
+            self.channels = backbone.network.penultimate_channels
         self.backbone = backbone
-        self.channels: int = backbone.channels
+        self.bank_features: BankFeatures = bank_features
         self.fusion: Fusion = fusion
         self.attentions = attentions
-        self.class_tokens = nn.Parameter(torch.empty(num_classes, self.channels))
+        self.class_tokens = nn.Parameter(torch.empty(num_classes, backbone.channels))
         nn.init.trunc_normal_(self.class_tokens, std=0.02)
-        self.head = nn.Conv2d(self.channels, num_classes, 3, padding=1)
+        self.head = nn.Conv2d(backbone.channels, num_classes, 3, padding=1)
 
     def forward(self, images: Tensor) -> MCTOutput:
         """Return logits, features and maps. See the class."""
-        patches = self.backbone(images)
+        penultimate: Tensor | None = None
+        if isinstance(self.backbone, Hybrid):
+            penultimate, patches = self.backbone.last_two(images)
+        else:
+            patches = self.backbone(images)
         classes = len(self.class_tokens)
         own = self.class_tokens.to(patches.dtype).expand(len(patches), -1, -1)
         tokens = torch.cat([own, patches.flatten(2).transpose(1, 2)], 1)
@@ -185,8 +289,8 @@ class MCTNetwork(nn.Module):
             attentions.append(_attention(block, tokens))
             tokens = block(tokens)
             behind.append(tokens[:, :classes])
-        features = tokens[:, classes:].transpose(1, 2).reshape_as(patches)
-        patch_cam = self.head(features)
+        last = tokens[:, classes:].transpose(1, 2).reshape_as(patches)
+        patch_cam = self.head(last)
         attention = torch.stack([each[:, :classes, classes:] for each in attentions[-self.attentions :]]).mean(0)
         attention = attention.reshape_as(patch_cam).to(patch_cam.dtype)
         cam = attention * patch_cam.relu()
@@ -194,7 +298,7 @@ class MCTNetwork(nn.Module):
             cam = (cam + torch.finfo(torch.float16).tiny).sqrt()
         return MCTOutput(
             logits=_ranked_mean(patch_cam) if self.fusion == "plus" else patch_cam.mean((-2, -1)),
-            features=features,
+            features=last if penultimate is None or self.bank_features == "last" else penultimate,
             cam=cam,
             token_logits=tokens[:, :classes].mean(-1),
             patch_cam=patch_cam,
