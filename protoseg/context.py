@@ -586,8 +586,8 @@ class ContextPrototypeBank(nn.Module):
                 "made with"
             )
         filled = state_dict.get(prefix + "context_valid")
-        used = filled is not None and weight is not None and bool(filled.any())
-        if used and bool(weight > 0) != (self.score != "cosine"):
+        used = filled is not None and bool(filled.any())
+        if used and weight is not None and bool(weight > 0) != (self.score != "cosine"):
             kept = "no " if self.score != "cosine" else ""
             raise RuntimeError(
                 f"{me}: the state_dict has {kept}statistics of pixels, which does not go with score={self.score!r}; "
