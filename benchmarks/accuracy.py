@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 MAPS = ("cam", "instance", "pacam")
 # What is left out or changed, and what stands in its place, as arguments of ContextPrototypeBank.
-MANY = {"num_contexts": 10}
+MANY: dict[str, Any] = {"num_contexts": 10, "temperature": 0.3}
 PARTS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "whitening: variances only": {"score": "diagonal"},
@@ -37,7 +37,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "repeated estimate: instances where the CAM is": {"locate": "cam"},
     "background contexts: one background prototype an image": {"background": "image"},
     "background: none, the plain 1 - max": {"background": "one_minus_max"},
-    "3 contexts a class": {"num_contexts": 3},
+    "3 contexts a class": {"num_contexts": 3, "temperature": 0.3},
     "10 contexts a class": MANY,
     "10 contexts, all weigh the same": {**MANY, "temperature": 1e6},
     "10 contexts, the best 3 by positiveness": {**MANY, "top_k": 3},
@@ -48,9 +48,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "bank of 10 a class": {"capacity": 10},
     "bank of 30 a class": {"capacity": 30},
     "bank of 100 a class": {"capacity": 100},
-    "0.1.0: cosine, 3 contexts, where the CAM is": {"score": "cosine", "num_contexts": 3, "locate": "cam"},
+    "0.1.0: cosine, 3 contexts, where the CAM is": {
+        "score": "cosine", "num_contexts": 3, "locate": "cam", "temperature": 0.3,
+    },
     "the paper's words (ContextPrototypeBank.paper)": {
         "score": "cosine", "num_contexts": 3, "locate": "cam", "background": "one_minus_max", "exponent": 1.0,
+        "temperature": 0.3,
     },
 }  # fmt: skip
 

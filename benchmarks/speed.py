@@ -135,13 +135,17 @@ def measure_step(sizes: Sizes, device: torch.device) -> dict[str, Any]:
 
 
 def measure_oracle(sizes: Sizes, dim: int, device: torch.device) -> dict[str, Any]:
-    """The bank against the loops that its tests compare it with, from the same state and on the same batch."""
+    """The bank against the loops that its tests compare it with, from the same state and on the same batch.
+
+    By cosine: the loops keep every pixel that they have seen for its covariance.
+    """
     sys.path.insert(0, str(ROOT))
     from tests.oracles import LoopBank
 
-    bank = full_bank(sizes.classes, dim, sizes.capacity, device)
+    bank = full_bank(sizes.classes, dim, sizes.capacity, device, score="cosine")
     options = {name: p.default for name, p in inspect.signature(ContextPrototypeBank).parameters.items()}
     options |= {"num_classes": sizes.classes, "dim": dim, "capacity": sizes.capacity, "refresh_every": NEVER}
+    options |= {"score": "cosine", "top_k": options["num_contexts"]}
     inputs = pictures(sizes.oracle_batch, dim, sizes.side // 16, sizes.classes, device)
     # The loops make their tensors on the default device.
     with contextlib.nullcontext() if device.type == "cpu" else device:
