@@ -83,7 +83,10 @@ def train(job: tuple[Path, list[str]]) -> None:
     setattr(pgseg_data, ScenePairs.__name__, Held)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
-        train_pgseg.main([*flags, "--output", str(folder)])
+        try:
+            train_pgseg.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
+        except SystemExit as error:  # by which a worker would leave the pool waiting for ever
+            raise RuntimeError(f"{folder}: {error}") from error
 
 
 HELD: dict[str, Any] = {}  # by name, as all runs of a process have pictures of the same size

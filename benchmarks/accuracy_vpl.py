@@ -80,7 +80,10 @@ def run(job: tuple[Path, Path | None, list[str]]) -> None:
         flags = [*flags, "--stages", *(["refine"] if "--seed-map" in flags else []), "segment"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
-        train_vpl.main([*flags, "--output", str(folder)])
+        try:
+            train_vpl.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
+        except SystemExit as error:  # by which a worker would leave the pool waiting for ever
+            raise RuntimeError(f"{folder}: {error}") from error
     if base is not None:  # which has them
         shutil.rmtree(folder / "seeds")
 

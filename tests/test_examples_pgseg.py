@@ -171,7 +171,9 @@ def test_shards_train_the_transformer_and_broken_ones_are_told(tmp_path: Path) -
     assert sum(metrics["broken"].values()) > 0
     shutil.rmtree(tmp_path / "shards")
     write_shards(ScenePairs(Scenes(8, size=32)), tmp_path / "shards", 4)
-    assert run(tmp_path / "out", *flags)["broken"] == {}, "what an older run met"
+    with pytest.raises(SystemExit, match=r"holds results .* say --overwrite"):
+        run(tmp_path / "out", *flags)
+    assert run(tmp_path / "out", *flags, "--overwrite")["broken"] == {}, "what an older run met"
     assert metrics["maps"]["eval"]["zeroshot"]["miou"] >= 0
     with pytest.raises(SystemExit, match="shards need --shard-pairs"):
         run(tmp_path / "other", "--data", str(shards[0]), "--preset", "vit-s")

@@ -118,7 +118,7 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
         assert findings(found)["maps"] != base["maps"], flags
         assert found["segmentation"] == {}
     shutil.copytree(finished, tmp_path / "plain")
-    plain = run(tmp_path / "plain", cache, "--stages", "segment", "--no-rsc")
+    plain = run(tmp_path / "plain", cache, "--stages", "segment", "--no-rsc", "--overwrite")
     assert plain["method"] == "without regional contrast"
     assert plain["maps"] == base["maps"]
     both = [common.load_checkpoint(each / "checkpoint" / "decoder.pt") for each in (tmp_path / "plain", finished)]
