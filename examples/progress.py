@@ -60,6 +60,7 @@ class Progress:
         first = min(map(plan.stages.index, args.stages))
         anew = () if args.resume else plan.stages[first:]
         known = self.path.exists()
+
         accelerator.wait_for_everyone()
         if known and (args.resume or first > 0):
             self._same(json.loads((args.output / "config.json").read_text(encoding="utf-8")), config, anew)
@@ -67,14 +68,17 @@ class Progress:
         for stage in plan.stages[:first]:
             if stage not in self.found["stages"]:
                 raise SystemExit(f"--stages: {args.stages} need what {stage!r} leaves in {args.output}; run it first")
+
         # In a folder that is not known to be a run's, files of the same names are not ours to delete.
         patterns = [pattern for stage in anew for pattern in plan.files[stage] if pattern not in PAGES]
         replaced = to_replace(args.output, patterns if known else PAGES, overwrite=args.overwrite and known)
+
         for stage in anew:
             for name in plan.results[stage]:
                 self.found.pop(name, None)
             self.found["stages"].pop(stage, None)
         self.before = self.found.get("seconds", 0.0)
+
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             # The pages tell of what there is after each stage, so that the next one may write them anew.

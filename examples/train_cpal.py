@@ -296,6 +296,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.head_lr <= 0:
         raise SystemExit(f"--head-lr: expected a factor above 0, got {args.head_lr}")
+
     if not 0 <= args.start < 1:
         raise SystemExit(f"--start: expected a share of at least 0 and below 1, got {args.start}")
     if args.prior is not None and (args.head != "cam" or not 0 < args.prior < 1):
@@ -310,6 +311,7 @@ def check(args: argparse.Namespace) -> None:
         if given.is_relative_to(output) and given.relative_to(output).parts[:1] != ("first",):
             raise SystemExit(f"--{flag}: {given} is in --output, where this run begins anew; take another --output")
     check_threshold(args.threshold)
+
     try:
         network = build(args, 1)
     except ValueError as error:
@@ -318,6 +320,7 @@ def check(args: argparse.Namespace) -> None:
         begin(network, args.weights)
     if args.crop < network.backbone.multiple:
         raise SystemExit(f"--crop: {args.backbone} needs at least {network.backbone.multiple} pixels, got {args.crop}")
+
     if "refine" in args.stages:
         load_refiner(args.refine)
     if "segment" in args.stages:

@@ -103,7 +103,7 @@ def train(
 def parameter_groups(model: nn.Module, head_lr: float) -> list[dict[str, Any]]:
     """The parameters with a factor on their rate: ``head_lr`` outside of ``backbone`` and ``encoder``.
 
-    The transformer blocks of a hybrid backbone are new, but ten times the rate is too much for them.
+    The transformer blocks of a hybrid backbone are new but count as backbone; another rate was not tried for them.
     """
     by_factor: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
