@@ -108,10 +108,11 @@ def seeds(
     if "pacam" in args.maps:  # the others need no memory
         net.bank.fill(views, rounds=args.bank_rounds)
 
-    def maps_of(sample: Sample) -> dict[str, Tensor]:
+    def maps_of(sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         features, cam = views.see(sample)
         views.known.pop(sample.id, None)  # what is no longer needed
-        return picture_maps(net.bank, features, cam, sample.labels[None].to(features.device), args.maps)
+        maps = picture_maps(net.bank, features, cam, sample.labels[None].to(features.device), args.maps)
+        return maps, features[0]
 
     return score_maps(splits, maps_of, args.maps, args, accelerator)
 

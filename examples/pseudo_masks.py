@@ -21,7 +21,7 @@ from tqdm import tqdm
 from protoseg.cam import otsu_threshold, to_mask, with_background
 from protoseg.data import Sample
 from protoseg.data.voc import load_mask, save_mask
-from protoseg.metrics import ConfusionMatrix, ThresholdSweep
+from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.refine import load_refiner
 from protoseg.report import Picture, write_report
 
@@ -34,7 +34,7 @@ def shard(length: int, accelerator: Accelerator) -> range:
 @torch.no_grad()
 def score_maps(
     splits: Mapping[str, Pictures],
-    maps_of: Callable[[Sample], Mapping[str, Tensor]],
+    maps_of: Callable[[Sample], tuple[Mapping[str, Tensor], Tensor]],
     names: Sequence[str],
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -43,7 +43,7 @@ def score_maps(
 
     Args:
         splits: ``train`` and others.
-        maps_of: Gives a picture's maps ``[C, h, w]`` in 0..1 by name, absent classes 0.
+        maps_of: Gives a picture's maps ``[C, h, w]`` in 0..1 by name, absent classes 0, and its features ``[D, h, w]``.
         names: Of the maps to score.
         args: The flags.
         accelerator: The engine.
@@ -55,19 +55,23 @@ def score_maps(
     curves: dict[str, Any] = {}
     for split, pictures in splits.items():
         sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in names}
+        contrasts = {name: RegionContrast(len(pictures.classes)) for name in names}
         for index in tqdm(shard(len(pictures), accelerator), f"{split} maps", disable=not accelerator.is_main_process):
             sample = pictures[index]
-            maps = maps_of(sample)
-            for name, sweep in sweeps.items():
-                sweep.update(enlarge(maps[name], sample.image).cpu(), sample.labels, sample.mask)
+            maps, features = maps_of(sample)
+            for name in names:
+                sweeps[name].update(enlarge(maps[name], sample.image).cpu(), sample.labels, sample.mask)
+                contrasts[name].update(features, maps[name], sample.labels)
             if split == "train":
                 with replacing(seed_path(args, sample.id)) as file, file.open("wb") as stream:
                     np.savez(
                         stream, allow_pickle=False, **{key: each.half().cpu().numpy() for key, each in maps.items()}
                     )
         scores[split], curves[split] = {}, {}
-        for name, sweep in sweeps.items():
-            scores[split][name], curves[split][name] = score(sweep.all_reduce(), pictures.classes)
+        for name in names:
+            scores[split][name], curves[split][name] = score(sweeps[name].all_reduce(), pictures.classes)
+            contrast, _ = contrasts[name].all_reduce().result().best
+            scores[split][name]["contrast"] = None if math.isnan(contrast) else contrast
     accelerator.wait_for_everyone()
     return scores, curves
 

@@ -73,8 +73,8 @@ def learn(
 
 def picture_maps(
     clip: FrozenCLIP, prototypes: Prototypes, sample: Sample, args: argparse.Namespace
-) -> dict[str, Tensor]:
-    """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0, and its features ``[D, h, w]``."""
     pixels, labels = clip.prepare(sample.image, args.size), sample.labels[None]
     maps = {}
     for name in ("text", "text_centred", "vision"):
@@ -85,7 +85,7 @@ def picture_maps(
     attention = feature_attention(seen.features) if seen.attention is None else seen.attention
     spread = refine_by_affinity(maps["vision"], affinity(attention), args.box_threshold)
     maps["vision_affinity"] = normalize(spread)
-    return {name: each[0] for name, each in maps.items()}
+    return {name: each[0] for name, each in maps.items()}, seen.features[0]
 
 
 def build_decoder(clip: FrozenCLIP, pictures: Pictures, args: argparse.Namespace) -> FrozenDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,8 +30,9 @@ from protoseg.functional import (
     select_top_k,
     similarity,
 )
+from protoseg.metrics import RegionContrast
 
-__all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", "Locate", "Score"]
+__all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", "Locate", "MapContrast", "Score"]
 
 Background = Literal["contexts", "image", "one_minus_max"]
 Detach = Literal["pacam", "cam", "none"]
@@ -62,6 +64,18 @@ class ContextPrototypes(NamedTuple):
     positiveness: Tensor
     selected: Tensor
     shift: Tensor
+
+
+class MapContrast(NamedTuple):
+    """How well CAM and PACAM part what a network sees, by :class:`protoseg.metrics.RegionContrast`; no masks are used.
+
+    Attributes:
+        cam: The best of all thresholds for the CAM, 0..1; NaN without a picture of a class.
+        pacam: Likewise for PACAM.
+    """
+
+    cam: float
+    pacam: float
 
 
 class _State(NamedTuple):
@@ -469,19 +483,25 @@ class ContextPrototypeBank(nn.Module):
         return Memory(*rings, *found, self.weight, self.mean, self.covariance, self.factor)
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, rounds: int = 3) -> None:
+    def fill(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, rounds: int = 3) -> MapContrast:
         """Fill the bank anew with what a trained network sees, and find contexts; nothing is trained for it.
 
         Each round empties the rings, stores the instances of the pictures, the last ``capacity`` of a class, and
         clusters them. The first round takes them from where the CAM is, with ``locate="map"`` every later one from
         where the map is that the contexts before make. Mean and covariance are those of all pixels of the first round,
-        but for pictures without a class. After an error the bank is as it was.
+        but for pictures without a class. Last it compares its map with the CAM on the same pictures, and warns where
+        the map is probably the worse one. After an error the bank is as it was.
 
         Args:
             batches: Features ``[B, D, H, W]``, CAM ``[B, C, h, w]`` and labels ``[B, C]``, as for a call; read once a
-                round, so a list, a loader or any object with ``__iter__``, but no generator. Shuffled where a class has
-                more pictures than ``capacity``. In a process group every rank brings as many, of the same sizes.
+                round and once more, so a list, a loader or any object with ``__iter__``, but no generator. Shuffled
+                where a class has more pictures than ``capacity``. In a process group every rank brings as many, of the
+                same sizes.
             rounds: At least 1; with ``locate="cam"`` one is as good as many.
+
+        Returns:
+            How well CAM and PACAM part the features of these pictures. It also tells which options of a bank suit a
+            network, for the same features.
 
         Raises:
             ValueError: ``rounds`` below 1, no batch, or one that a call refuses.
@@ -490,9 +510,9 @@ class ContextPrototypeBank(nn.Module):
         Example:
             >>> bank = ContextPrototypeBank(num_classes=3, dim=8, num_contexts=1)
             >>> batch = (torch.rand(4, 8, 6, 6), torch.rand(4, 3, 6, 6), torch.tensor([[1, 1, 0]] * 4))
-            >>> bank.fill([batch, batch])
-            >>> bank.count.tolist()
-            [8, 8, 0, 8]
+            >>> contrast = bank.fill([batch, batch])
+            >>> bank.count.tolist(), contrast.pacam > contrast.cam
+            ([8, 8, 0, 8], True)
         """
         me = f"{type(self).__name__}.fill"
         _checks.positive(me, "rounds", rounds)
@@ -503,6 +523,7 @@ class ContextPrototypeBank(nn.Module):
             self.reset_parameters()
             for index in range(rounds):
                 self._fill_once(batches, measure=index == 0)
+            return self._compare(batches)
         except BaseException:
             for buffer, old in zip(self.buffers(), before, strict=True):
                 buffer.copy_(old)
@@ -521,6 +542,24 @@ class ContextPrototypeBank(nn.Module):
             )
         self.refresh()
         self.step.zero_()
+
+    def _compare(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> MapContrast:
+        cam, pacam = RegionContrast(self.num_classes), RegionContrast(self.num_classes)
+        for features, scores, labels in batches:
+            out, _ = self._compute(features, scores, labels)
+            for index, picture in enumerate(features):
+                cam.update(picture, out.cam[index, 1:], labels[index])
+                pacam.update(picture, out.pacam[index, 1:], labels[index])
+
+        found = MapContrast(cam.all_reduce().result().best[0], pacam.all_reduce().result().best[0])
+        if found.pacam < found.cam:
+            warnings.warn(
+                f"{type(self).__name__}.fill: the bank's map parts the features of these pictures less well than the "
+                f"CAM does ({found.pacam:.3f} < {found.cam:.3f}), so it is probably the worse map; keep the CAM, or "
+                "try other features or options of the bank and take what parts them best",
+                stacklevel=3,
+            )
+        return found
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""

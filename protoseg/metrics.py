@@ -1,4 +1,4 @@
-"""Mean IoU as PASCAL VOC defines it, a sweep over thresholds in one pass, and the health of prototypes."""
+"""Mean IoU as PASCAL VOC defines it, a sweep over thresholds in one pass, and what can be said without masks."""
 
 from __future__ import annotations
 
@@ -72,6 +72,24 @@ class SweepResult(NamedTuple):
         # i / bins, not thresholds[i]: the same float32 number, but it prints as 0.38 and not as 0.3799999952.
         threshold = index / (len(self.thresholds) - 1)
         return SweepPoint(float(self.miou[index]), threshold, self.per_class[index])
+
+
+class ContrastResult(NamedTuple):
+    """How well maps part features at every threshold.
+
+    Attributes:
+        thresholds: ``[T]`` float32, ascending from 0 to 1.
+        contrast: ``[T]`` float64, 0..1; NaN when no picture was counted.
+    """
+
+    thresholds: Tensor
+    contrast: Tensor
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """The highest contrast and its threshold, the lowest such on a tie."""
+        index = int(self.contrast.argmax())
+        return float(self.contrast[index]), index / (len(self.thresholds) - 1)
 
 
 class PrototypeDiagnostics(NamedTuple):
@@ -244,13 +262,8 @@ class ThresholdSweep:
         present = labels.to(maps.device).nonzero().flatten()
         if len(present) and maps[0].numel():
             scores = maps[present].float()
-            lowest = scores.min()
-            best, channel = scores.max(dim=0)  # max and min propagate NaN
-            if not (float(lowest) >= -_SLACK and float(best.max()) <= 1 + _SLACK):
-                raise ValueError(
-                    f"{where}: maps must lie between 0 and 1 without NaN, got {float(lowest):g} to "
-                    f"{float(best.max()):g} in the present classes; normalise the maps first"
-                )
+            best, channel = scores.max(dim=0)  # propagates NaN
+            _scores_in_range(where, scores, best)
             bin_of = torch.bucketize(best.clamp_(0, 1), self.thresholds.to(maps.device), right=True) - 1
             self.score_histogram += torch.bincount(bin_of.flatten(), minlength=self.bins + 1).cpu()
             if mask is not None:
@@ -293,6 +306,118 @@ class ThresholdSweep:
 
     def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.score_histogram, self._truth, self._reached
+
+
+class RegionContrast:
+    r"""How much of the features' variance in a picture lies between the regions of its map; needs no masks.
+
+    .. math::
+        \eta^2(t) = \frac{1}{D} \sum_d
+            \frac{\sum_r n_r (\bar F_{dr} - \bar F_d)^2}{\sum_j (F_d(j) - \bar F_d)^2}
+
+    is Fisher's correlation ratio, with the regions :math:`r` that threshold :math:`t` makes as :class:`ThresholdSweep`
+    does: background, and one for each present class. It is averaged over channels that vary and over pictures with a
+    class. A map whose regions are the objects has more of it than one that shows their parts or spills over them: of
+    two maps of the same features the one with more is likely the better. ``docs/cpal.md`` has how often that held;
+    figures of different features do not compare.
+
+    Not in the paper. The sums stay on the CPU, whatever device the maps are on.
+
+    Args:
+        num_classes: Foreground classes C.
+        bins: Thresholds are i / bins for i = 0..bins.
+
+    Attributes:
+        thresholds: ``[bins+1]`` float32, ascending from 0 to 1.
+
+    Example:
+        >>> features = torch.tensor([[[0.0, 0.1, 5.0, 5.1]]])
+        >>> whole, part = RegionContrast(1), RegionContrast(1)
+        >>> whole.update(features, torch.tensor([[[0.0, 0.1, 0.8, 1.0]]]), labels=torch.tensor([1]))
+        >>> part.update(features, torch.tensor([[[0.0, 0.2, 0.1, 1.0]]]), labels=torch.tensor([1]))
+        >>> [round(each.result().best[0], 2) for each in (whole, part)]
+        [1.0, 0.35]
+    """
+
+    def __init__(self, num_classes: int, *, bins: int = 50) -> None:
+        if not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"RegionContrast: bins must be an integer of at least 1, got {bins!r}")
+        _checks.positive("RegionContrast", "num_classes", num_classes)
+        self.num_classes = num_classes
+        self.bins = bins
+        self.thresholds = (torch.arange(bins + 1, dtype=torch.float64) / bins).float()
+        self._pictures = torch.zeros((), dtype=torch.int64)
+        self._shares = torch.zeros(bins + 1, dtype=torch.float64)
+
+    @property
+    def pictures(self) -> int:
+        """How many were counted."""
+        return int(self._pictures)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, maps: Tensor, labels: Tensor) -> None:
+        """Count one picture; one without a class, or whose features are the same everywhere, says nothing.
+
+        Args:
+            features: ``[D, h, w]``, floating point.
+            maps: ``[C, H, W]`` scores of the foreground classes, floating point, 0..1; resized to ``h w``, bilinearly.
+            labels: ``[C]`` multi-hot, 1 = the class is in the picture.
+
+        Raises:
+            TypeError: Features or maps are not floating point.
+            ValueError: A shape differs or a value is NaN or out of range; nothing has been counted then.
+        """
+        where = "RegionContrast.update"
+        _checks.shape(where, "features", features, ("D", "h", "w"))
+        _checks.floating(where, "features", features)
+        _checks.finite(where, "features", features)
+        _checks.shape(where, "maps", maps, (self.num_classes, "H", "W"), "background has no map here")
+        _checks.floating(where, "maps", maps)
+        _checks.shape(where, "labels", labels, (self.num_classes,))
+        _checks.multi_hot(where, "labels", labels)
+
+        present = labels.to(maps.device).nonzero().flatten()
+        if not len(present) or not features.numel():
+            return
+        scores = maps[present].float()
+        if scores.shape[1:] != features.shape[1:]:
+            scores = F.interpolate(scores[None], features.shape[1:], mode="bilinear", align_corners=False)[0]
+        best, channel = scores.flatten(1).max(0)
+        _scores_in_range(where, scores, best)
+
+        pixels = features.flatten(1).T.double()
+        pixels = pixels - pixels.mean(0)
+        deviation = pixels.square().mean(0).sqrt()
+        varies = deviation > 1e-6 * features.abs().max()
+        if not bool(varies.any()):
+            return
+        pixels = pixels[:, varies] / deviation[varies]
+
+        # Sums and sizes of the regions by (last threshold that the score reaches, class), then at every threshold.
+        reached = torch.bucketize(best.clamp(0, 1), self.thresholds.to(best.device), right=True) - 1
+        entry, shape = reached * len(present) + channel, (self.bins + 1, len(present), -1)
+        sums = pixels.new_zeros((self.bins + 1) * len(present), pixels.shape[1]).index_add_(0, entry, pixels)
+        sizes = torch.bincount(entry, minlength=len(sums)).to(pixels)
+        sums, sizes = (each.view(shape).flip(0).cumsum(0).flip(0) for each in (sums, sizes))
+
+        # What is in no region of a class is background; all sums together are 0.
+        rest, size = sums.sum(1, keepdim=True), len(pixels) - sizes.sum(1, keepdim=True)
+        between = torch.cat([sums, rest], 1).square().mean(2) / torch.cat([sizes, size], 1)[..., 0].clamp_min(1)
+        self._shares += (between.sum(1) / len(pixels)).cpu()
+        self._pictures += 1
+
+    def result(self) -> ContrastResult:
+        """The mean over the pictures counted so far, at every threshold."""
+        return ContrastResult(self.thresholds, self._shares / self._pictures)
+
+    def all_reduce(self) -> RegionContrast:
+        """Sum over all ranks in place and return self; identity outside a process group.
+
+        Every rank must call it, once, at the end: a second call would sum the sums.
+        """
+        for sums in (self._pictures, self._shares):
+            _all_reduce(sums)
+        return self
 
 
 @torch.no_grad()
@@ -359,6 +484,15 @@ def _all_reduce(counts: Tensor) -> None:
         shared = counts.cuda() if "nccl" in dist.get_backend() else counts
         dist.all_reduce(shared)
         counts.copy_(shared)
+
+
+def _scores_in_range(where: str, scores: Tensor, best: Tensor) -> None:
+    lowest, highest = float(scores.min()), float(best.max())
+    if not (lowest >= -_SLACK and highest <= 1 + _SLACK):
+        raise ValueError(
+            f"{where}: maps must lie between 0 and 1 without NaN, got {lowest:g} to {highest:g} in the present "
+            "classes; normalise the maps first"
+        )
 
 
 def _class_count(where: str, num_classes: int) -> int:

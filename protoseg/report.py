@@ -79,8 +79,8 @@ def write_report(
         title: The heading.
         metrics: What ``metrics.json`` holds. Read are ``method``, ``seed``, ``seconds``, ``peak_memory_mb``,
             ``versions`` (name -> version), ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class``,
-            ``miou_mask_free``, ``threshold_mask_free``), and ``pseudo_masks`` and ``segmentation`` (split ->
-            ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
+            ``miou_mask_free``, ``threshold_mask_free``, ``contrast``), and ``pseudo_masks`` and ``segmentation``
+            (split -> ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
         history: Curves by name, such as loss terms and learning rate: sequences of (epoch, value).
         sweeps: Split -> map -> (thresholds ``[T]``, mIoU ``[T]``), tensors or sequences, 0..1.
         pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and
@@ -204,28 +204,33 @@ def _results(metrics: Mapping[str, Any]) -> str:
                 _page.percent(blind),
                 _page.fixed(value.get("threshold_mask_free")),
                 _page.difference(_minus(blind, scores[i])),
+                _page.fixed(value.get("contrast")),
             )
             best = scores[i] is not None and scores[i] == top
             rows.append(_result(split if i == 0 else "", _dot(_colour(key)) + _name(key), cells, best))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
         for split, values in _part(metrics, key).items():
-            rows.append(_result(split, heading, (_page.percent(values.get("miou")), *[_page.DASH] * 5)))
+            rows.append(_result(split, heading, (_page.percent(values.get("miou")), *[_page.DASH] * 6)))
     if not rows:
         return ""
     return (
         "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a "
-        "sweep and flatters; one chosen without masks is what a user without masks gets, and the last column "
-        'says what that costs.</p><div class="scroll"><table class="numbers"><thead>'
+        "sweep and flatters; one chosen without masks is what a user without masks gets, and the column after "
+        "it says what that costs. Contrast needs no masks either: the share of the features' variance in a picture "
+        "that lies between the regions of its map. Of maps of the same features, more is likely better."
+        '</p><div class="scroll"><table class="numbers"><thead>'
         '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
-        '<th class="n left" colspan="3">Threshold chosen without masks</th></tr>'
+        '<th class="n left" colspan="3">Threshold chosen without masks</th>'
+        '<th class="n left"></th></tr>'
         f'<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over {_name(plain)}</th>'
         '<th class="n">threshold</th><th class="n left">mIoU</th><th class="n">threshold</th>'
-        f'<th class="n">change</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        '<th class="n">change</th><th class="n left">contrast</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _result(split: str, heading: str, cells: Sequence[str], best: bool = False) -> str:
-    kinds = ["n best" if best else "n", "n", "n", "n left", "n", "n"]
+    kinds = ["n best" if best else "n", "n", "n", "n left", "n", "n", "n left"]
     html = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))
     first = ' class="first"' if split else ""
     return f'<tr{first}><td>{_name(split)}</td><th scope="row">{heading}</th>{html}</tr>'

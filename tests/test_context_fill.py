@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from protoseg import ContextPrototypeBank
+from protoseg.metrics import RegionContrast
 from tests.cases import OPTIONS, C, D, assert_same, assert_same_output, batch, make
 
+# Random features have no objects, so that either map may be the better one.
+pytestmark = pytest.mark.filterwarnings("ignore:.*so it is probably the worse map")
 BATCHES = [batch(step) for step in range(7)]
 LARGE = {"capacity": 40, "half_life": 1e9}
 
@@ -74,6 +78,36 @@ def test_what_cannot_be_read_again_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ContextPrototypeBank.fill: rounds must be .* got 0"):
         bank.fill(BATCHES, rounds=0)
     assert_same(dict(bank.state_dict()), before)
+
+
+def test_its_map_is_compared_with_the_cam() -> None:
+    bank = make()
+    found = bank.fill(BATCHES)
+    cam, pacam = RegionContrast(C), RegionContrast(C)
+    for features, scores, labels in BATCHES:
+        out = copy.deepcopy(bank).eval()(features, scores, labels)
+        for index in range(len(features)):
+            cam.update(features[index], out.cam[index, 1:], labels[index])
+            pacam.update(features[index], out.pacam[index, 1:], labels[index])
+    assert found == (cam.result().best[0], pacam.result().best[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_that_is_probably_worse_than_the_cam_is_told() -> None:
+    # An object that differs in the length of its features alone, which a cosine throws away.
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    inside[:, :, 2:6, 2:6] = 1
+    batches = []
+    for _ in range(20):
+        noise = torch.randn(2, D, 8, 8, generator=generator, dtype=torch.float64)
+        batches.append((1 + 2 * inside + 0.1 * noise, inside.expand(2, C, 8, 8), torch.eye(C)[:2]))
+
+    found = make(**LARGE).fill(batches)
+    assert found.pacam == pytest.approx(found.cam)
+    paper = ContextPrototypeBank.paper(C, D, capacity=40)
+    with pytest.warns(UserWarning, match=r"fill: the bank's map parts .* less well than .* \(0\.\d+ < 0\.\d+\)"):
+        paper.fill(batches)
 
 
 class Failing:

@@ -62,7 +62,8 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
     for split in ("train", "eval"):
         assert set(metrics["maps"][split]) == MAPS
         for entry in metrics["maps"][split].values():
-            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free"}
+            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free", "contrast"}
+            assert 0 < entry["contrast"] < 1
             assert 0 <= entry["miou_mask_free"] <= entry["miou"] <= 1
             assert list(entry["per_class"]) == names
     assert metrics["method"] == "with regional contrast"

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scipy.stats import f_oneway
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
 
-from protoseg.metrics import ConfusionMatrix, SweepResult, ThresholdSweep, prototype_diagnostics
+from protoseg.metrics import ConfusionMatrix, RegionContrast, SweepResult, ThresholdSweep, prototype_diagnostics
 
 C = 4
 
@@ -244,35 +245,121 @@ class TestThresholdSweep:
         assert sweep.result().miou.isnan().all()
 
 
-def _rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    sweep, confusion = ThresholdSweep(C), ConfusionMatrix(C)
-    for seed in range(rank, 5, 2):
+def correlation_ratio(features: Tensor, regions: Tensor) -> float:
+    """Fisher's, by scipy's analysis of variance: F = (between / (R - 1)) / (within / (n - R)), a mean over channels."""
+    groups = [features[:, regions == r].double().numpy() for r in regions.unique()]
+    if len(groups) == 1:
+        return 0.0
+    odds = f_oneway(*groups, axis=1).statistic * (len(groups) - 1) / (regions.numel() - len(groups))
+    return float((odds / (1 + odds)).mean())
+
+
+class TestRegionContrast:
+    def features(self, seed: int) -> Tensor:
+        return torch.randn(6, 13, 17, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, 7)[:, None, None]
+
+    def test_equals_an_analysis_of_variance_at_each_threshold(self) -> None:
+        contrast, expected = RegionContrast(C, bins=20), torch.zeros(21, dtype=torch.float64)
+        for seed in range(3):
+            maps, labels, _ = picture(seed)
+            contrast.update(self.features(seed), maps, labels)
+            for i, threshold in enumerate(contrast.thresholds):
+                expected[i] += correlation_ratio(self.features(seed), threshold_alone(maps, labels, threshold)) / 3
+        result = contrast.result()
+        assert contrast.pictures == 3
+        torch.testing.assert_close(result.contrast, expected, rtol=1e-9, atol=1e-12)
+        assert result.best == (expected.max().item(), pytest.approx(expected.argmax().item() / 20))
+
+    def test_a_map_of_the_object_has_more_than_one_of_its_part_or_of_too_much(self) -> None:
+        contrasts = {}
+        for width in (1, 3, 6):
+            contrasts[width] = RegionContrast(1)
+            features, maps = torch.zeros(2, 8, 8), torch.zeros(1, 8, 8)
+            features[0, :, :3] = 1.0
+            maps[0, :, :width] = 0.7
+            contrasts[width].update(features, maps, torch.tensor([1]))
+        best = {width: each.result().best[0] for width, each in contrasts.items()}
+        assert best[3] == pytest.approx(1.0)
+        assert max(best[1], best[6]) < 0.5
+
+    def test_scale_and_offset_of_a_channel_do_not_matter_nor_do_dead_channels(self) -> None:
+        maps, labels, _ = picture(1)
+        plain, other = RegionContrast(C), RegionContrast(C)
+        plain.update(self.features(1), maps, labels)
+        other.update(torch.cat([self.features(1) * 1e3 + 5, torch.full((2, 13, 17), 7.0)]), maps, labels)
+        torch.testing.assert_close(other.result().contrast, plain.result().contrast, rtol=1e-4, atol=1e-6)
+
+    def test_maps_of_another_size_are_resized(self) -> None:
+        maps, labels, _ = picture(2)
+        one, two = RegionContrast(C), RegionContrast(C)
+        large = torch.nn.functional.interpolate(maps[None], (26, 30), mode="bilinear", align_corners=False)[0]
+        small = torch.nn.functional.interpolate(large[None], (13, 17), mode="bilinear", align_corners=False)[0]
+        one.update(self.features(2), large, labels)
+        two.update(self.features(2), small, labels)
+        assert torch.equal(one.result().contrast, two.result().contrast)
+
+    def test_what_says_nothing_is_not_counted(self) -> None:
+        maps, labels, _ = picture(0)
+        contrast = RegionContrast(C)
+        contrast.update(self.features(0), maps, torch.zeros(C))
+        contrast.update(torch.ones(6, 13, 17), maps, labels)
+        assert contrast.pictures == 0
+        assert contrast.result().contrast.isnan().all()
+        assert math.isnan(contrast.result().best[0])
+
+    def test_errors(self) -> None:
+        maps, labels, _ = picture(0)
+        contrast, features = RegionContrast(C), self.features(0)
+        with pytest.raises(ValueError, match=r"RegionContrast: num_classes must be .* got 0"):
+            RegionContrast(0)
+        with pytest.raises(ValueError, match="RegionContrast: bins must be an integer of at least 1, got 0"):
+            RegionContrast(C, bins=0)
+        with pytest.raises(ValueError, match=r"features must have shape \(D, h, w\), got \(1, 6, 13, 17\)"):
+            contrast.update(features[None], maps, labels)
+        with pytest.raises(TypeError, match="features must be floating point"):
+            contrast.update(features.long(), maps, labels)
+        with pytest.raises(ValueError, match="features must be finite"):
+            contrast.update(features * math.inf, maps, labels)
+        with pytest.raises(ValueError, match=r"maps must have shape \(4, H, W\), got \(3, 13, 17\); background"):
+            contrast.update(features, maps[:3], labels)
+        with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalise the maps"):
+            contrast.update(features, maps * math.nan, labels)
+        with pytest.raises(ValueError, match="labels must hold only 0 and 1"):
+            contrast.update(features, maps, labels * 2)
+        assert contrast.pictures == 0, "a rejected picture is not counted"
+
+
+def _everything(seeds: range) -> list[Tensor]:
+    """What all metrics found on these pictures, over all ranks."""
+    sweep, confusion, contrast = ThresholdSweep(C), ConfusionMatrix(C), RegionContrast(C)
+    for seed in seeds:
         maps, labels, mask = picture(seed)
         sweep.update(maps, labels, mask)
         confusion.update(maps.argmax(0), mask)
+        contrast.update(maps * torch.arange(1.0, C + 1)[:, None, None], maps, labels)
     sweep.all_reduce()
     confusion.all_reduce()
-    torch.save(
-        [sweep.score_histogram, sweep.result().per_class, sweep.result().miou, confusion.matrix],
-        folder / f"{rank}.pt",
-    )
+    contrast.all_reduce()
+    exact = [sweep.score_histogram, sweep.result().per_class, sweep.result().miou, confusion.matrix]
+    return [*exact, contrast.result().contrast]
+
+
+def _rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.save(_everything(range(rank, 5, 2)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(_rank, (tmp_path,), nprocs=2)
-    sweep, confusion = ThresholdSweep(C), ConfusionMatrix(C)
-    for seed in range(5):
-        maps, labels, mask = picture(seed)
-        sweep.update(maps, labels, mask)
-        confusion.update(maps.argmax(0), mask)
-    expected = [sweep.score_histogram, sweep.result().per_class, sweep.result().miou, confusion.matrix]
+    *expected, contrast = _everything(range(5))
     for rank in range(2):
-        for got, want in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+        *found, theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(theirs, contrast, rtol=1e-12, atol=0)
 
 
 class TestPrototypeDiagnostics:

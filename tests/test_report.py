@@ -22,6 +22,7 @@ def metrics() -> dict[str, Any]:
             "per_class": {"background": 0.8, "cow": miou / 2, "boat": None},
             "miou_mask_free": miou - 0.02,
             "threshold_mask_free": 0.5,
+            "contrast": 0.1234,
         }
 
     return {

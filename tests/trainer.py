@@ -115,7 +115,8 @@ def assert_maps(maps: Any, names: tuple[str, ...]) -> None:
     for split in maps.values():
         assert set(split) == MAPS
         for entry in split.values():
-            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free"}
+            assert set(entry) == {"miou", "threshold", "per_class", "miou_mask_free", "threshold_mask_free", "contrast"}
+            assert 0 < entry["contrast"] < 1
             assert 0 <= entry["miou_mask_free"] <= entry["miou"] <= 1
             assert 0 <= entry["threshold"] <= 1
             assert 0 <= entry["threshold_mask_free"] <= 1
