@@ -13,17 +13,32 @@ Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import random
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm import tqdm
+
+from protoseg import ContextPrototypeBank
+from protoseg.metrics import RegionContrast, ThresholdSweep
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
+
+from common import keywords, load_checkpoint, open_pictures  # noqa: E402
+from cpal_heads import build  # noqa: E402
+from cpal_stages import Network, infer  # noqa: E402
 
 MAPS = ("cam", "instance", "pacam")
 # What is left out or changed, and what stands in its place, as arguments of ContextPrototypeBank.
@@ -83,45 +98,64 @@ def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[
     return metrics
 
 
-def ablate(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Score the maps of a trained run with one part of the bank left out at a time."""
-    from accelerate import Accelerator
-    from common import keywords, load_checkpoint, open_pictures
-    from cpal_stages import Network, seeds
-    from torch import Tensor
+class Seen(NamedTuple):
+    """Pictures of one size as a trained network sees them."""
 
-    from protoseg import ContextPrototypeBank
-    from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
+    features: Tensor  # [B, D, h, w]
+    cam: Tensor  # [B, C, h, w], raw
+    labels: Tensor  # [B, C]
+    masks: list[Tensor | None]  # [H, W]
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    args = argparse.Namespace(**{**config, "output": scratch, "maps": ["pacam"]})
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    splits = {
-        "train": open_pictures(args.data, args.train_split, args),
-        "eval": open_pictures(args.eval_data, args.eval_split, args),
-    }
 
-    class Remembering(CAMNetwork):
-        """Computes each picture once: only the bank differs from part to part."""
-
-        def forward(self, images: Tensor) -> CAMOutput:
-            key = hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).digest()
-            if key not in known:
-                known[key] = super().forward(images)
-            return known[key]
-
-    known: dict[bytes, CAMOutput] = {}
-    classes = len(splits["train"].classes)
-    backbone = build_cam_network(args.backbone, classes, stride=args.stride).backbone
-    cam = Remembering(backbone, classes, bank_features=args.bank_features, prior=args.prior)
-    cam = cam.to(accelerator.device)
+def look(folder: Path, split: str, size: int = 16) -> list[Seen]:
+    """Run the network of a trained run once over the pictures of a split; shuffled batches of pictures of one size."""
+    config = argparse.Namespace(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    data, name = (config.data, config.train_split) if split == "train" else (config.eval_data, config.eval_split)
+    pictures = open_pictures(data, name, config)
+    cam = build(config, len(pictures.classes)).to(accelerator.device).eval()
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
-    found = {}
+    net = Network(cam, ContextPrototypeBank(len(pictures.classes), cam.channels))
+
+    by_size: dict[torch.Size, list[Any]] = {}
+    for sample in tqdm(pictures, f"look at {split}", leave=False):
+        features, scores = infer(net, sample, config, accelerator)
+        labels = sample.labels[None].to(scores)
+        by_size.setdefault(features.shape, []).append((features, scores, labels, sample.mask))
+    batches = []
+    for group in by_size.values():
+        for first in range(0, len(group), size):
+            together = group[first : first + size]
+            features, scores, labels = (torch.cat([each[k] for each in together]) for k in (0, 1, 2))
+            batches.append(Seen(features, scores, labels, [each[3] for each in together]))
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+@torch.no_grad()
+def ablate(folder: Path) -> dict[str, Any]:
+    """Score ``pacam`` on a trained run with one part of the bank left out at a time, with masks and without."""
+    splits = {split: look(folder, split) for split in ("train", "eval")}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes, dim = splits["train"][0].labels.shape[1], splits["train"][0].features.shape[1]
+    found: dict[str, Any] = {}
     for part, options in PARTS.items():
-        options = {**keywords("--bank", args.bank), **options}
-        bank = ContextPrototypeBank(len(splits["train"].classes), cam.channels, **options).to(accelerator.device)
-        maps, _ = seeds(Network(cam, bank), splits, args, accelerator)
-        found[part] = {split: maps[split]["pacam"]["miou"] for split in splits}
+        bank = ContextPrototypeBank(classes, dim, **{**keywords("--bank", config["bank"]), **options})
+        bank.to(splits["train"][0].features.device).eval()
+        with warnings.catch_warnings():  # that the map is worse than the CAM is what the table shows
+            warnings.simplefilter("ignore")
+            bank.fill([batch[:3] for batch in splits["train"]])
+        found[part] = {}
+        for split, batches in splits.items():
+            sweep, contrast = ThresholdSweep(classes), RegionContrast(classes)
+            for features, cam, labels, masks in batches:
+                maps = bank(features, cam, labels).pacam[:, 1:]
+                for index, mask in enumerate(masks):
+                    contrast.update(features[index], maps[index], labels[index])
+                    if mask is not None:
+                        large = F.interpolate(maps[index, None], mask.shape, mode="bilinear", align_corners=False)
+                        sweep.update(large[0].clamp(0, 1).cpu(), labels[index].cpu(), mask)
+            found[part][split] = {"miou": sweep.result().best.miou, "contrast": contrast.result().best[0]}
     return found
 
 
@@ -133,8 +167,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]]
             for name in MAPS:
                 entries = [each["maps"][split][name] for each in metrics]
                 key = f"{method}/{split}/{name}"
-                fields = ("miou", "threshold", "miou_mask_free", "threshold_mask_free")
-                summary["maps"][key] = {field: spread(entry[field] for entry in entries) for field in fields}
+                fields = ("miou", "threshold", "miou_mask_free", "threshold_mask_free", "contrast")
+                summary["maps"][key] = {field: spread(entry.get(field) for entry in entries) for field in fields}
                 classes = entries[0]["per_class"]
                 summary["per_class"][key] = {c: spread(entry["per_class"].get(c) for entry in entries) for c in classes}
         summary[method] = {
@@ -146,8 +180,29 @@ def summarise(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]]
             "peak_memory_mb": spread(each["peak_memory_mb"] for each in metrics),
         }
     for part in PARTS if parts else ():
-        summary["parts"][part] = {split: spread(each[part][split] for each in parts) for split in ("train", "eval")}
+        summary["parts"][part] = {
+            split: {key: spread(each[part][split][key] for each in parts) for key in ("miou", "contrast")}
+            for split in ("train", "eval")
+        }
+    if parts:
+        summary["rank_correlation"] = rank_correlation(parts)
     return summary
+
+
+def rank_correlation(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman's, over the parts, of each seed: of contrast with mIoU on eval, and of mIoU on train with that."""
+
+    def ranked(one: tuple[str, str], other: tuple[str, str]) -> dict[str, Any]:
+        found = []
+        for each in parts:
+            x, y = ([float(each[part][split][key]) for part in PARTS] for split, key in (one, other))
+            found.append(float(spearmanr(x, y).statistic))
+        return spread(found)
+
+    return {
+        "contrast": ranked(("eval", "contrast"), ("eval", "miou")),
+        "miou_train": ranked(("train", "miou"), ("eval", "miou")),
+    }
 
 
 def show(value: dict[str, Any]) -> str:
@@ -190,17 +245,25 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
     text += "\n## Gains\n\nOf each seed.\n\n" + table(["", *splits], rows)
 
     if summary["parts"]:
-        without_loss = {split: maps[f"none/{split}/pacam"]["miou"] for split in splits}
+        without_loss = {split: maps[f"none/{split}/pacam"] for split in splits}
         parts = {**summary["parts"], "self-supervised loss (trained without it)": without_loss}
         rows = []
         for part, scores in parts.items():
-            changes = [f"{scores[split]['mean'] - parts['nothing'][split]['mean']:+.3f}" for split in splits]
-            rows.append([part, *(show(scores[split]) for split in splits), *changes])
+            means = [scores[split]["miou"]["mean"] - parts["nothing"][split]["miou"]["mean"] for split in splits]
+            shown = [show(scores[split]["miou"]) for split in splits]
+            contrast = show(scores["eval"]["contrast"]) if part in summary["parts"] else "-"  # other features
+            rows.append([part, *shown, *(f"{mean:+.3f}" for mean in means), contrast])
         text += (
             "\n## `pacam` of cpal with one part left out\n\nOn the networks that cpal trained with every part; only "
         )
         text += "the last row is trained anew.\n\n"
-        text += table(["left out", *splits, "change, train", "change, eval"], rows)
+        text += table(["left out", *splits, "change, train", "change, eval", "contrast, eval"], rows)
+        rank = summary["rank_correlation"]
+        text += (
+            "\nSettings without masks: over these banks, all of the same features, the rank correlation (Spearman's, "
+            f"of each seed) of contrast with mIoU on eval is {show(rank['contrast'])}. That of mIoU on train with mIoU "
+            f"on eval is {show(rank['miou_train'])}.\n"
+        )
 
     rows = []
     for method in methods:
@@ -232,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the tables; returns the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
+    parser.add_argument("--name", help="of the runs and results (default: that of the data, and the head)")
     parser.add_argument("--head", choices=("cam", "amn", "mct"), default="cam")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
@@ -246,15 +310,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     shown = name if Path(args.data).is_absolute() else args.data  # a path of one machine is nobody else's
     if args.head != "cam":
         name, args.no_parts = f"{name}-{args.head}", True
+    name = args.name or name
     runs: dict[str, list[dict[str, Any]]] = {"none": [], "cpal": []}
     for seed in args.seeds:
         for method, metrics in runs.items():
             metrics.append(run(args.runs / name / f"{method}-{seed}", method, seed, args))
     folders = [args.runs / name / f"cpal-{seed}" for seed in args.seeds]
-    parts = [] if args.no_parts else [ablate(folder, args.runs / name / "parts") for folder in folders]
+    parts = [] if args.no_parts else [ablate(folder) for folder in folders]
     summary = summarise(runs, parts)
     head = [] if args.head == "cam" else ["--head", args.head]
-    flags = [*head, *["--ceiling"] * args.ceiling, *(["--", *args.flags] if args.flags else [])]
+    given = ["--name", args.name] if args.name else []
+    given += head + ["--ceiling"] * args.ceiling
+    flags = [*given, "--", *args.flags] if args.flags else given
     command = " ".join(["python benchmarks/accuracy.py --data", shown, *flags])
     summary |= {"command": command, "seeds": args.seeds, "versions": runs["cpal"][0]["versions"]}
     args.output.mkdir(parents=True, exist_ok=True)

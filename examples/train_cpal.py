@@ -87,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pretrained": {
         "backbone": "tf_efficientnet_lite0", "weights": "package:efficientnet-lite0", "size": 288, "crop": 224,
         "smallest_crop": 0.3, "epochs": 6, "batch": 16, "lr": 3e-4, "head_lr": 3.0, "prior": 0.08, "start": 0.6,
-        "bank_features": "penultimate", "scales": [1.0, 1.5],
+        "bank_features": "penultimate", "scales": [1.0, 1.75],
         "segmentation": "deeplabv3plus:backbone", "segmentation_epochs": 10, "rates": [3, 7, 10, 14],
     },
     "scratch": {
