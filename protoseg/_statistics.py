@@ -13,8 +13,6 @@ from protoseg import _distributed
 
 __all__ = ["factorize", "from_space", "measure", "to_space"]
 
-_RIDGE = 0.05  # of the mean variance
-
 
 @torch.no_grad()
 def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, covariance: Tensor, retain: float) -> None:
@@ -69,15 +67,11 @@ def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, cov
 
 @torch.no_grad()
 def factorize(covariance: Tensor, shrinkage: float) -> Tensor:
-    r"""Factor the shrunken covariance.
-
-    .. math:: (1 - \lambda) \Sigma + \lambda \, \mathrm{diag}(\Sigma) + 0.05 \, \bar\sigma^2 I = L L^\top
-
-    with the mean variance :math:`\bar\sigma^2`. Without the last term a channel that hardly varies would weigh most.
+    r"""Factor :math:`\Sigma + \lambda \bar\sigma^2 I = L L^\top`, with the mean variance :math:`\bar\sigma^2`.
 
     Args:
         covariance: ``[D, D]``, ``[D]`` or ``[0]``.
-        shrinkage: :math:`\lambda` in 0..1.
+        shrinkage: :math:`\lambda` above 0.
 
     Returns:
         Lower triangular ``[D, D]``, deviations ``[D]``, or ``[0]``. Where nothing varies: as if all variances were 1.
@@ -86,11 +80,10 @@ def factorize(covariance: Tensor, shrinkage: float) -> Tensor:
         return covariance.clone()
     variances = covariance.diagonal() if covariance.dim() == 2 else covariance
     size = variances.mean()
-    ridge = torch.where(size > 0, _RIDGE * size, torch.ones_like(size))
+    ridge = torch.where(size > 0, shrinkage * size, torch.ones_like(size))
     if covariance.dim() == 1:
-        return (variances + ridge).sqrt()
-    shrunken = torch.lerp(covariance, torch.diag(variances), shrinkage)
-    lower: Tensor = torch.linalg.cholesky(shrunken + torch.diag(ridge.expand(len(variances))))
+        return (covariance + ridge).sqrt()
+    lower: Tensor = torch.linalg.cholesky(covariance + torch.diag(ridge.expand(len(covariance))))
     return lower
 
 

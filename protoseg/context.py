@@ -115,8 +115,7 @@ class ContextPrototypeBank(nn.Module):
        the pixels of ``locate``: of the map of step 7 where the class has contexts, else of the CAM.
     3. Space: features, contexts and instances are seen from the mean :math:`\mu` of all pixels and divided by the
        factor :math:`L` of their covariance, :math:`F \to L^{-1}(F - \mu)` with
-       :math:`L L^\top = (1 - \lambda) \Sigma + \lambda \, \mathrm{diag}(\Sigma) + 0.05 \, \bar\sigma^2 I`; see
-       ``score`` for others.
+       :math:`L L^\top = \Sigma + \lambda \bar\sigma^2 I`; see ``score`` for others.
     4. Alignment: :math:`a_n = P_n + \delta_n` with :math:`\delta_n = \bar p - \bar P_n` (section 3.3).
     5. Positiveness: :math:`w_i = \mathrm{softmax}_i(\mathrm{sim}(a_n, p_i) / T z)`, of which the ``top_k`` stay;
        :math:`z` is :func:`protoseg.functional.metric_scale` of all contexts, which frees :math:`T` of their scale. All
@@ -162,7 +161,7 @@ class ContextPrototypeBank(nn.Module):
         score: ``"whitened"`` as above, which keeps a covariance and its factor, ``2 D^2`` numbers (0.6 MB for 256
             channels, 34 MB for 2048); ``"diagonal"``, the same with variances alone; ``"dot"``, only the mean is
             subtracted; ``"cosine"``, :math:`\cos(F(j), p_i)` in step 6, see ``centre`` and ``sharpness``.
-        shrinkage: :math:`\lambda` in ``[0, 1]`` of step 3, for ``"whitened"``.
+        shrinkage: :math:`\lambda` above 0 of step 3.
         background: What :math:`s_0` is: ``"contexts"``, the score of background, a class with a bank of its own;
             ``"image"``, that of the image's own background prototype; ``"one_minus_max"``, nothing. The background
             channel of a map is :math:`1 - \max_n \tilde M_n` in each case.
@@ -233,7 +232,7 @@ class ContextPrototypeBank(nn.Module):
         temperature: float = 0.03,
         shift: bool = True,
         score: Score = "whitened",
-        shrinkage: float = 0.35,
+        shrinkage: float = 0.5,
         background: Background = "contexts",
         background_weight: float = 1.0,
         exponent: float = 0.5,
@@ -254,6 +253,7 @@ class ContextPrototypeBank(nn.Module):
             "num_contexts": num_contexts,
             "background_contexts": background_contexts,
             "temperature": temperature,
+            "shrinkage": shrinkage,
             "sharpness": sharpness,
             "refresh_every": refresh_every,
             "half_life": half_life,
@@ -263,8 +263,6 @@ class ContextPrototypeBank(nn.Module):
             raise ValueError(f"{me}: cam_threshold must be at least 0 and below 1, got {cam_threshold}")
         if not 0 < background_threshold <= 1:
             raise ValueError(f"{me}: background_threshold must be above 0 and at most 1, got {background_threshold}")
-        if not 0 <= shrinkage <= 1:
-            raise ValueError(f"{me}: shrinkage must be at least 0 and at most 1, got {shrinkage}")
         if not background_weight >= 0:
             raise ValueError(f"{me}: background_weight must be at least 0, got {background_weight}")
         if not 0 < exponent <= 1:

@@ -236,10 +236,9 @@ class LoopBank:
 
     def _refresh(self) -> None:
         covariance = self._covariance() if self.pixels else torch.zeros_like(self.factor)
-        ridge = 0.05 * covariance.trace() / self.dim if self.pixels else 1.0
+        ridge = self.shrinkage * covariance.trace() / self.dim if self.pixels else 1.0
         if self.score == "whitened":
-            mixed = (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().diag()
-            self.factor = torch.linalg.cholesky(mixed + ridge * torch.eye(self.dim, dtype=covariance.dtype))
+            self.factor = torch.linalg.cholesky(covariance + ridge * torch.eye(self.dim, dtype=covariance.dtype))
         elif self.score == "diagonal":
             self.factor = (covariance.diagonal() + ridge).sqrt().diag()
 

@@ -181,16 +181,17 @@ class TestMathematics:
             want = (odds + constant).relu()
             assert_same(out.pacam[:, c + 1], (want / want.amax((-2, -1), keepdim=True)) ** bank.exponent, 1e-8)
 
-    def test_turned_features_have_the_same_map_where_nothing_is_shrunk(self) -> None:
+    def test_whitening_makes_directions_of_features_alike(self) -> None:
+        """Any linear change of the features leaves the map as it is, once the ridge is small."""
         generator = torch.Generator().manual_seed(0)
-        turn, _ = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
-        plain, turned = (make(shrinkage=0.0, refresh_every=1, capacity=40) for _ in range(2))
+        turn = torch.randn(D, D, generator=generator, dtype=torch.float64)
+        plain, turned = (make(shrinkage=1e-12, refresh_every=1, capacity=40) for _ in range(2))
         for step in range(12):
             features, cam, labels = batch(step)
             want = plain(features, cam, labels)
             got = turned(torch.einsum("bdhw,de->behw", features, turn), cam, labels)
         assert plain.context_valid.any(1).all()
-        assert_same(got.pacam, want.pacam, 1e-9)
+        assert_same(got.pacam, want.pacam, 1e-5)
 
     def test_cam_of_another_size_is_resized(self) -> None:
         features, cam, labels = batch(0)
