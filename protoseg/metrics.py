@@ -321,7 +321,7 @@ class RegionContrast:
     two maps of the same features the one with more is likely the better. ``docs/cpal.md`` has how often that held;
     figures of different features do not compare.
 
-    Not in the paper. The sums stay on the CPU, whatever device the maps are on.
+    Not in the paper. Everything is counted on the CPU, whatever device features and maps are on.
 
     Args:
         num_classes: Foreground classes C.
@@ -376,25 +376,26 @@ class RegionContrast:
         _checks.shape(where, "labels", labels, (self.num_classes,))
         _checks.multi_hot(where, "labels", labels)
 
-        present = labels.to(maps.device).nonzero().flatten()
+        present = labels.cpu().nonzero().flatten()
         if not len(present) or not features.numel():
             return
-        scores = maps[present].float()
+        scores = maps[present.to(maps.device)].float().cpu()
         if scores.shape[1:] != features.shape[1:]:
             scores = F.interpolate(scores[None], features.shape[1:], mode="bilinear", align_corners=False)[0]
         best, channel = scores.flatten(1).max(0)
         _scores_in_range(where, scores, best)
 
-        pixels = features.flatten(1).T.double()
+        pixels = features.flatten(1).T.cpu().double()
+        rounding = 1e-6 * pixels.abs().max()
         pixels = pixels - pixels.mean(0)
         deviation = pixels.square().mean(0).sqrt()
-        varies = deviation > 1e-6 * features.abs().max()
+        varies = deviation > rounding
         if not bool(varies.any()):
             return
         pixels = pixels[:, varies] / deviation[varies]
 
         # Sums and sizes of the regions by (last threshold that the score reaches, class), then at every threshold.
-        reached = torch.bucketize(best.clamp(0, 1), self.thresholds.to(best.device), right=True) - 1
+        reached = torch.bucketize(best.clamp(0, 1), self.thresholds, right=True) - 1
         entry, shape = reached * len(present) + channel, (self.bins + 1, len(present), -1)
         sums = pixels.new_zeros((self.bins + 1) * len(present), pixels.shape[1]).index_add_(0, entry, pixels)
         sizes = torch.bincount(entry, minlength=len(sums)).to(pixels)
@@ -403,7 +404,7 @@ class RegionContrast:
         # What is in no region of a class is background; all sums together are 0.
         rest, size = sums.sum(1, keepdim=True), len(pixels) - sizes.sum(1, keepdim=True)
         between = torch.cat([sums, rest], 1).square().mean(2) / torch.cat([sizes, size], 1)[..., 0].clamp_min(1)
-        self._shares += (between.sum(1) / len(pixels)).cpu()
+        self._shares += between.sum(1) / len(pixels)
         self._pictures += 1
 
     def result(self) -> ContrastResult:
