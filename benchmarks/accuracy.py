@@ -45,9 +45,10 @@ MAPS = ("cam", "instance", "pacam")
 MANY: dict[str, Any] = {"num_contexts": 10, "temperature": 0.3}
 PARTS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "whitening: variances only": {"score": "diagonal"},
-    "whitening: none, dot products": {"score": "dot"},
-    "the features' length: cosine": {"score": "cosine"},
+    "score: standardised features (diagonal)": {"score": "diagonal"},
+    "score: the whole covariance (whitened)": {"score": "whitened"},
+    "score: features less their mean (dot)": {"score": "dot"},
+    "score: cosine, which drops the features' length": {"score": "cosine"},
     "centring": {"centre": False},
     "repeated estimate: instances where the CAM is": {"locate": "cam"},
     "background contexts: one background prototype an image": {"background": "image"},

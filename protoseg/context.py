@@ -37,7 +37,7 @@ __all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", 
 Background = Literal["contexts", "image", "one_minus_max"]
 Detach = Literal["pacam", "cam", "none"]
 Locate = Literal["map", "cam"]
-Score = Literal["whitened", "diagonal", "dot", "cosine"]
+Score = Literal["diagonal", "whitened", "dot", "cosine"]
 
 
 class ContextPrototypes(NamedTuple):
@@ -113,9 +113,9 @@ class ContextPrototypeBank(nn.Module):
        ``num_contexts`` context prototypes :math:`p_i` every ``refresh_every`` steps. With ``background="contexts"``
        background has a ring too, for images all of whose present classes are valid. What is stored is the mean over
        the pixels of ``locate``: of the map of step 7 where the class has contexts, else of the CAM.
-    3. Space: features, contexts and instances are seen from the mean :math:`\mu` of all pixels and divided by the
-       factor :math:`L` of their covariance, :math:`F \to L^{-1}(F - \mu)` with
-       :math:`L L^\top = \Sigma + \lambda \bar\sigma^2 I`; see ``score`` for others.
+    3. Space: features, contexts and instances are seen from the mean :math:`\mu` of all pixels, and every channel is
+       divided by its deviation, :math:`F_d \to (F_d - \mu_d) / \sqrt{\sigma_d^2 + \lambda \bar\sigma^2}` with the mean
+       variance :math:`\bar\sigma^2`; see ``score`` for others.
     4. Alignment: :math:`a_n = P_n + \delta_n` with :math:`\delta_n = \bar p - \bar P_n` (section 3.3).
     5. Positiveness: :math:`w_i = \mathrm{softmax}_i(\mathrm{sim}(a_n, p_i) / T z)`, of which the ``top_k`` stay;
        :math:`z` is :func:`protoseg.functional.metric_scale` of all contexts, which frees :math:`T` of their scale. All
@@ -158,9 +158,10 @@ class ContextPrototypeBank(nn.Module):
         temperature: :math:`T` above 0, in units of :math:`z`. The default was chosen for background's contexts, with
             one context a class.
         shift: Align instances with contexts (step 4).
-        score: ``"whitened"`` as above, which keeps a covariance and its factor, ``2 D^2`` numbers (0.6 MB for 256
-            channels, 34 MB for 2048); ``"diagonal"``, the same with variances alone; ``"dot"``, only the mean is
-            subtracted; ``"cosine"``, :math:`\cos(F(j), p_i)` in step 6, see ``centre`` and ``sharpness``.
+        score: ``"diagonal"`` as above; ``"whitened"``, by the factor of the whole covariance,
+            :math:`F \to L^{-1}(F - \mu)` with :math:`L L^\top = \Sigma + \lambda \bar\sigma^2 I`, which keeps ``2 D^2``
+            numbers (0.6 MB for 256 channels, 34 MB for 2048); ``"dot"``, only the mean is subtracted; ``"cosine"``,
+            :math:`\cos(F(j), p_i)` in step 6, see ``centre`` and ``sharpness``.
         shrinkage: :math:`\lambda` above 0 of step 3.
         background: What :math:`s_0` is: ``"contexts"``, the score of background, a class with a bank of its own;
             ``"image"``, that of the image's own background prototype; ``"one_minus_max"``, nothing. The background
@@ -231,7 +232,7 @@ class ContextPrototypeBank(nn.Module):
         metric: Metric = "dot",
         temperature: float = 0.03,
         shift: bool = True,
-        score: Score = "whitened",
+        score: Score = "diagonal",
         shrinkage: float = 0.5,
         background: Background = "contexts",
         background_weight: float = 1.0,
