@@ -218,9 +218,10 @@ def classify(
     mean, std = colours(net.cam)
     share = (args.smallest_crop, 1.0)
     crops = Crops(pictures, crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)
-    # Before its loss counts, the bank sees as many pictures as it remembers; until then both methods do the same.
+    # Before its loss counts, the bank sees as many pictures as it remembers, in at most half of the epochs until then;
+    # before that both methods do the same.
     start = math.ceil(args.start * args.epochs)
-    filling = max(0, start - math.ceil(net.bank.half_life / len(pictures)))
+    filling = max(start // 2, start - math.ceil(net.bank.half_life / len(pictures)))
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
         out, parts = losses(network, batch, args)

@@ -114,6 +114,29 @@ def test_accuracy_of_pgseg_runs_what_is_missing_and_shows_means(tmp_path: Path) 
     assert again == runs
 
 
+def test_accuracy_leaves_parts_out_and_ranks_them_without_masks(tmp_path: Path) -> None:
+    for package in ("timm", "accelerate", "segmentation_models_pytorch"):
+        pytest.importorskip(package, reason=f"the trainer needs {package}")
+    command = [sys.executable, str(SPEED.with_name("accuracy.py")), "--seeds", "0", "--device", "cpu", "--name", "tiny"]
+    command += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--"]
+    command += ["--train-scenes", "16", "--eval-scenes", "6", "--epochs", "4", "--batch", "8", "--size", "48"]
+    command += ["--crop", "48", "--backbone", "small:8", "--segmentation-epochs", "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    run = json.loads((tmp_path / "runs" / "tiny" / "cpal-0" / "metrics.json").read_text(encoding="utf-8"))
+    summary = json.loads((tmp_path / "out" / "accuracy-tiny.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "out" / "accuracy-tiny.md").read_text(encoding="utf-8")
+    assert summary["maps"]["cpal/eval/pacam"]["contrast"]["values"] == [run["maps"]["eval"]["pacam"]["contrast"]]
+    # Batches come in another order than single pictures, and clusters depend on it a little.
+    whole = summary["parts"]["nothing"]["eval"]["miou"]["mean"]
+    assert whole == pytest.approx(run["maps"]["eval"]["pacam"]["miou"], abs=0.05)
+    assert len({each["eval"]["contrast"]["mean"] for each in summary["parts"].values()}) > 5
+    for figure in summary["rank_correlation"].values():
+        assert -1 <= figure["mean"] <= 1
+    assert f"| nothing | {summary['parts']['nothing']['train']['miou']['mean']:.3f} ± 0.000 | " in page
+    assert f"contrast with mIoU on eval is {summary['rank_correlation']['contrast']['mean']:.3f} ± 0.000" in page
+
+
 def test_speed_of_grad_cam_measures_every_way_and_all_make_the_same_maps(tmp_path: Path) -> None:
     for package in ("open_clip", "pytorch_grad_cam"):
         pytest.importorskip(package, reason=f"the speed benchmark of CLIP needs {package}")

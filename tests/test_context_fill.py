@@ -13,8 +13,6 @@ from protoseg import ContextPrototypeBank
 from protoseg.metrics import RegionContrast
 from tests.cases import OPTIONS, C, D, assert_same, assert_same_output, batch, make
 
-# Random features have no objects, so that either map may be the better one.
-pytestmark = pytest.mark.filterwarnings("ignore:.*so it is probably the worse map")
 BATCHES = [batch(step) for step in range(7)]
 LARGE = {"capacity": 40, "half_life": 1e9}
 

@@ -47,7 +47,12 @@ MAPS = {"cam", "instance", "pacam"}
 TINY = ["--device", "cpu", "--size", "48", "--crop", "48", "--backbone", "small:8", "--segmentation-epochs", "1"]
 SCENES = [*TINY, "--train-scenes", "24", "--eval-scenes", "6", "--epochs", "2", "--batch", "8"]
 # Of a trainer in a process of its own.
-SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONHASHSEED": "7", "TQDM_DISABLE": "1"}
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "error,ignore:ContextPrototypeBank.fill",
+    "PYTHONHASHSEED": "7",
+    "TQDM_DISABLE": "1",
+}
 
 
 def main(flags: Sequence[str]) -> dict[str, Any]:
