@@ -134,8 +134,8 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert len(history) == 8
     losses = [epoch["classify"] for epoch in history]
     assert losses[-1] < 0.8 * losses[0]
-    # The bank fills in the epoch before its loss counts.
-    assert [epoch.get("self") for epoch in history[:4]] == [None, None, None, 0]
+    # The bank fills in half of the epochs before its loss counts, as 64 scenes are few.
+    assert [epoch.get("self") for epoch in history[:4]] == [None, None, 0, 0]
     assert min(epoch["self"] for epoch in history[4:]) > 0
 
 
