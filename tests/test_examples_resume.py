@@ -102,7 +102,7 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
         run(finished, "--resume", "--epochs", "3")
     with pytest.raises(
         SystemExit,
-        match=r"seed was 0 and is 1, bank was \[\] and is \['top_k=1'\]",
+        match=r"seed was 0 and is 1, bank was \['score=whitened'\] and is \['top_k=1'\]",
     ):
         run(finished, "--stages", "seeds", "--seed", "1", "--bank", "top_k=1")
     with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
