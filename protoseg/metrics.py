@@ -318,8 +318,8 @@ class RegionContrast:
     is Fisher's correlation ratio, with the regions :math:`r` that threshold :math:`t` makes as :class:`ThresholdSweep`
     does: background, and one for each present class. It is averaged over channels that vary and over pictures with a
     class. A map whose regions are the objects has more of it than one that shows their parts or spills over them: of
-    two maps of the same features the one with more is likely the better. ``docs/cpal.md`` has how often that held;
-    figures of different features do not compare.
+    two maps of the same features the one with more is likely the better. ``docs/cpal.md`` has how often that held.
+    Figures of different features do not compare, and a map made from the picture's own prototypes is flattered.
 
     Not in the paper. Everything is counted on the CPU, whatever device features and maps are on.
 

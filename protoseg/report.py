@@ -217,7 +217,8 @@ def _results(metrics: Mapping[str, Any]) -> str:
         "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a "
         "sweep and flatters; one chosen without masks is what a user without masks gets, and the column after "
         "it says what that costs. Contrast needs no masks either: the share of the features' variance in a picture "
-        "that lies between the regions of its map. Of maps of the same features, more is likely better."
+        "that lies between the regions of its map. More is likely better, but flatters a map that is made from the "
+        "picture's own prototypes."
         '</p><div class="scroll"><table class="numbers"><thead>'
         '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
         '<th class="n left" colspan="3">Threshold chosen without masks</th>'
