@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -38,10 +37,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from common import keywords, load_checkpoint, open_pictures  # noqa: E402
 from cpal_heads import build  # noqa: E402
-from cpal_stages import Network, infer  # noqa: E402
+from cpal_stages import infer  # noqa: E402
+from pseudo_masks import enlarge  # noqa: E402
 
 MAPS = ("cam", "instance", "pacam")
 # What is left out or changed, and what stands in its place, as arguments of ContextPrototypeBank.
+PAPER = "the paper's words (ContextPrototypeBank.paper)"
 MANY: dict[str, Any] = {"num_contexts": 10, "temperature": 0.3}
 PARTS: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -67,10 +68,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "0.1.0: cosine, 3 contexts, where the CAM is": {
         "score": "cosine", "num_contexts": 3, "locate": "cam", "temperature": 0.3,
     },
-    "the paper's words (ContextPrototypeBank.paper)": {
-        "score": "cosine", "num_contexts": 3, "locate": "cam", "background": "one_minus_max", "exponent": 1.0,
-        "temperature": 0.3,
-    },
+    PAPER: {},
 }  # fmt: skip
 
 
@@ -116,11 +114,10 @@ def look(folder: Path, split: str, size: int = 16) -> list[Seen]:
     pictures = open_pictures(data, name, config)
     cam = build(config, len(pictures.classes)).to(accelerator.device).eval()
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])
-    net = Network(cam, ContextPrototypeBank(len(pictures.classes), cam.channels))
 
     by_size: dict[torch.Size, list[Any]] = {}
     for sample in tqdm(pictures, f"look at {split}", leave=False):
-        features, scores = infer(net, sample, config, accelerator)
+        features, scores = infer(cam, sample, config, accelerator)
         labels = sample.labels[None].to(scores)
         by_size.setdefault(features.shape, []).append((features, scores, labels, sample.mask))
     batches = []
@@ -141,11 +138,16 @@ def ablate(folder: Path) -> dict[str, Any]:
     classes, dim = splits["train"][0].labels.shape[1], splits["train"][0].features.shape[1]
     found: dict[str, Any] = {}
     for part, options in PARTS.items():
-        bank = ContextPrototypeBank(classes, dim, **{**keywords("--bank", config["bank"]), **options})
+        if part == PAPER:
+            bank = ContextPrototypeBank.paper(classes, dim)
+        else:
+            bank = ContextPrototypeBank(classes, dim, **{**keywords("--bank", config["bank"]), **options})
         bank.to(splits["train"][0].features.device).eval()
-        with warnings.catch_warnings():  # that the map is worse than the CAM is what the table shows
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            # That a map is worse than the CAM is what the table shows.
+            warnings.filterwarnings("ignore", "ContextPrototypeBank.fill: the bank's map")
             bank.fill([batch[:3] for batch in splits["train"]])
+
         found[part] = {}
         for split, batches in splits.items():
             sweep, contrast = ThresholdSweep(classes), RegionContrast(classes)
@@ -154,8 +156,7 @@ def ablate(folder: Path) -> dict[str, Any]:
                 for index, mask in enumerate(masks):
                     contrast.update(features[index], maps[index], labels[index])
                     if mask is not None:
-                        large = F.interpolate(maps[index, None], mask.shape, mode="bilinear", align_corners=False)
-                        sweep.update(large[0].clamp(0, 1).cpu(), labels[index].cpu(), mask)
+                        sweep.update(enlarge(maps[index], mask).cpu(), labels[index].cpu(), mask)
             found[part][split] = {"miou": sweep.result().best.miou, "contrast": contrast.result().best[0]}
     return found
 

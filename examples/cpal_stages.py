@@ -32,14 +32,14 @@ class Network(NamedTuple):
     bank: ContextPrototypeBank
 
 
-def infer(net: Network, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+def infer(network: Head, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
-    multiple = net.cam.backbone.multiple
-    mean, std = colours(net.cam)
+    multiple = network.backbone.multiple
+    mean, std = colours(network)
     image = scaled_image(sample.image, args.size, multiple, mean, std).to(accelerator.device)
 
     labels = sample.labels[None].to(accelerator.device)
-    run = reader(net.cam, labels, args.affinity)
+    run = reader(network, labels, args.affinity)
     features, cam = multi_scale(run, image, scales=args.scales, multiple=multiple)
     return features, cam
 
@@ -62,7 +62,7 @@ class Views:
     without a picture left gives one of another process without its tags.
 
     Args:
-        net: The network.
+        network: What sees them.
         pictures: All of them.
         args: The flags.
         accelerator: The engine.
@@ -71,8 +71,8 @@ class Views:
         known: Features and CAM by the names of the pictures that are kept.
     """
 
-    def __init__(self, net: Network, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        self.net, self.pictures, self.args, self.accelerator = net, pictures, args, accelerator
+    def __init__(self, network: Head, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> None:
+        self.network, self.pictures, self.args, self.accelerator = network, pictures, args, accelerator
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.room = KEPT
 
@@ -80,7 +80,7 @@ class Views:
         """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``."""
         if sample.id in self.known:
             return self.known[sample.id]
-        seen = infer(self.net, sample, self.args, self.accelerator)
+        seen = infer(self.network, sample, self.args, self.accelerator)
         self.room -= sum(each.nbytes for each in seen)
         if self.room >= 0:
             self.known[sample.id] = seen
@@ -104,7 +104,7 @@ def seeds(
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
     net.bank.eval()
-    views = Views(net, splits["train"], args, accelerator)
+    views = Views(net.cam, splits["train"], args, accelerator)
     if "pacam" in args.maps:  # the others need no memory
         net.bank.fill(views, rounds=args.bank_rounds)
 

@@ -59,14 +59,17 @@ def score_maps(
         for index in tqdm(shard(len(pictures), accelerator), f"{split} maps", disable=not accelerator.is_main_process):
             sample = pictures[index]
             maps, features = maps_of(sample)
+
             for name in names:
                 sweeps[name].update(enlarge(maps[name], sample.image).cpu(), sample.labels, sample.mask)
                 contrasts[name].update(features, maps[name], sample.labels)
+
             if split == "train":
                 with replacing(seed_path(args, sample.id)) as file, file.open("wb") as stream:
                     np.savez(
                         stream, allow_pickle=False, **{key: each.half().cpu().numpy() for key, each in maps.items()}
                     )
+
         scores[split], curves[split] = {}, {}
         for name in names:
             scores[split][name], curves[split][name] = score(sweeps[name].all_reduce(), pictures.classes)
@@ -131,10 +134,12 @@ def refine(
     confusion = ConfusionMatrix(len(pictures.classes))
     by_picture: dict[str, float] = {}
     mask_path(args, "").parent.mkdir(parents=True, exist_ok=True)
+
     for index in tqdm(shard(len(pictures), accelerator), "refine", disable=not accelerator.is_main_process):
         sample = pictures[index]
         present = sample.labels.nonzero().flatten()
         maps = enlarge(read_seeds(args, sample.id)[args.seed_map][present], sample.image).to(accelerator.device)
+
         # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
         below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
         maps = torch.where(maps < threshold, below, above)

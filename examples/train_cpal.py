@@ -178,7 +178,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="checkpoint/fork.pt of a run of --method none with the same flags, to go on from there",
     )
-    group.add_argument("--bank", nargs="*", metavar="NAME=VALUE", help="arguments of ContextPrototypeBank")
+    group.add_argument(
+        "--bank",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="arguments of ContextPrototypeBank, in the place of a preset's (for scenes: score=whitened)",
+    )
     group = parser.add_argument_group("masks and segmentation")
     group.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), help="to make and score (default: all)")
     group.add_argument("--seed-map", choices=MAPS, help="map of the pseudo masks (default: pacam, or cam with 'none')")
@@ -189,6 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--segmentation-epochs", type=int)
     group.add_argument("--ceiling", action="store_true", help="also train on the true masks, to compare")
+
     args = parser.parse_args(argv)
     args.preset = args.preset or ("scenes" if args.data == "scenes" else "pretrained")
     preset = {**REST, **PRESETS[args.preset], **HEAD_PRESETS.get(args.head, {}).get(args.preset, {})}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg import ContextPrototypeBank
 from protoseg.data.scenes import Scenes
 from protoseg.models.backbones import TimmBackbone
 from protoseg.models.heads import CAMNetwork
@@ -117,8 +116,7 @@ def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypat
     monkeypatch.setattr(backbone, "last_two", lambda images: (seen.append(images), real(images))[1])
     args = train_cpal.parse(["--size", "50", "--scales", "1", "1.5"])
     sample = Scenes(1)[0]._replace(image=grey)
-    net = cpal_stages.Network(network, ContextPrototypeBank(8, 320))
-    cpal_stages.infer(net, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    cpal_stages.infer(network, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     assert {tuple(each.shape[-2:]) for each in seen} == {(48, 64), (64, 96)}
     assert max(float(each.abs().max()) for each in seen) < 0.01
 
