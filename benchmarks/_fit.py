@@ -17,7 +17,7 @@ from _growth import _held
 from torch import Tensor
 
 from protoseg import VisionPrototypeLearner
-from protoseg._numeric import unit
+from protoseg.utils.numeric import unit
 
 _BLOCK = 2**15  # pictures made at a time
 _ROUNDING = 1e-6  # of a KL, relative; both sides are float32

@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from protoseg import _checks
-from protoseg._numeric import full_precision, unit
+from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision, unit
 
 __all__ = ["affinity", "feature_attention", "refine_by_affinity"]
 
@@ -34,8 +34,8 @@ def affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Tensor:
         >>> affinity(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])).tolist()
         [[[0.5, 0.5], [0.5, 0.5]]]
     """
-    _checks.shape("affinity", "attention", attention, ("B", "L", attention.shape[-1] if attention.dim() else "L"))
-    _checks.positive("affinity", "power", power)
+    checks.shape("affinity", "attention", attention, ("B", "L", attention.shape[-1] if attention.dim() else "L"))
+    checks.positive("affinity", "power", power)
     matrix = full_precision(attention)
     for _ in range(rounds):
         matrix = matrix / matrix.sum(1, keepdim=True).clamp_min(1e-30)
@@ -68,11 +68,11 @@ def refine_by_affinity(maps: Tensor, affinity: Tensor, box_threshold: float = 0.
         >>> refine_by_affinity(torch.tensor([[[[1.0, 0.0]]]]), torch.full((1, 2, 2), 0.5)).tolist()
         [[[[0.5, 0.5]]]]
     """
-    _checks.shape("refine_by_affinity", "maps", maps, ("B", "C", "H", "W"))
+    checks.shape("refine_by_affinity", "maps", maps, ("B", "C", "H", "W"))
     batch, _, height, width = maps.shape
     pixels = height * width
-    _checks.shape("refine_by_affinity", "affinity", affinity, (batch, pixels, pixels), "one row per pixel of the maps")
-    _checks.unit_interval("refine_by_affinity", "box_threshold", box_threshold)
+    checks.shape("refine_by_affinity", "affinity", affinity, (batch, pixels, pixels), "one row per pixel of the maps")
+    checks.unit_interval("refine_by_affinity", "box_threshold", box_threshold)
     kept = full_precision(maps) * _boxes(maps, box_threshold)
     return (affinity.to(kept) @ kept.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape)
 
@@ -108,7 +108,7 @@ def feature_attention(features: Tensor, temperature: float = 0.1) -> Tensor:
         >>> feature_attention(torch.ones(1, 3, 1, 2)).tolist()
         [[[0.5, 0.5], [0.5, 0.5]]]
     """
-    _checks.shape("feature_attention", "features", features, ("B", "E", "h", "w"))
-    _checks.positive("feature_attention", "temperature", temperature)
+    checks.shape("feature_attention", "features", features, ("B", "E", "h", "w"))
+    checks.positive("feature_attention", "temperature", temperature)
     places = unit(full_precision(features).flatten(2).transpose(1, 2))
     return (places @ places.transpose(1, 2) / temperature).softmax(-1)

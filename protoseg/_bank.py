@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg import _distributed
 from protoseg._statistics import factorize, measure, to_space
 from protoseg.functional import kmeans, mean_of, prototype_shift
+from protoseg.utils import distributed
 
 
 @torch.library.custom_op("protoseg::snapshot", mutates_args=())
@@ -116,7 +116,7 @@ def update_bank(
         num_contexts: Of a class.
         background_contexts: Of background, 0 where it has no bank.
     """
-    push(_distributed.all_gather(instances), _distributed.all_gather(valid), bank, pointer, stored)
+    push(distributed.all_gather(instances), distributed.all_gather(valid), bank, pointer, stored)
     if measured:
         measure(features, counted, weight, mean, covariance, retain)
 

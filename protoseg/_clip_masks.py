@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks
 from protoseg._affinity import affinity, feature_attention, refine_by_affinity
-from protoseg._numeric import unit
 from protoseg.cam import normalize, to_mask
+from protoseg.utils import checks
+from protoseg.utils.numeric import unit
 
 if TYPE_CHECKING:
     from protoseg.clip import FrozenCLIP, Pooling
@@ -88,15 +88,15 @@ def segment(
         >>> found.mask.shape, found.maps.shape
         (torch.Size([40, 60]), torch.Size([2, 40, 60]))
     """
-    _checks.unit_interval("segment", "threshold", threshold)
-    _checks.unit_interval("segment", "presence", presence)
+    checks.unit_interval("segment", "threshold", threshold)
+    checks.unit_interval("segment", "presence", presence)
     pixels = clip.prepare(image, short_side)
     seen = clip.encode(pixels, attentions=min(attentions, clip.blocks) if clip.attends else 0, pooling=pooling)
     if labels is None:
         every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
         probability = (seen.pooled @ unit(every.to(seen.pooled)).T / clip.temperature).softmax(-1)
         labels = (probability[0, : len(prototypes)] >= presence).to(pixels.dtype)
-    _checks.shape("segment", "labels", labels, (len(prototypes),), "one number per prototype")
+    checks.shape("segment", "labels", labels, (len(prototypes),), "one number per prototype")
     labels = labels.to(pixels.device)
     maps = normalize(clip.grad_cam(pixels, prototypes, background, labels[None], pooling=pooling))
     if attentions:

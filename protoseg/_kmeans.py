@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg import _checks
-from protoseg._numeric import block_size, full_precision, mean_of
+from protoseg.utils import checks
+from protoseg.utils.numeric import block_size, full_precision, mean_of
 
 
 class Clusters(NamedTuple):
@@ -53,8 +53,8 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
         >>> kmeans(points, num_clusters=2).centres.flatten().sort().values
         tensor([0.1000, 5.1000])
     """
-    _checks.shape("kmeans", "points", points, ("C", "N", "D"))
-    _checks.not_empty("kmeans", "points", points)
+    checks.shape("kmeans", "points", points, ("C", "N", "D"))
+    checks.not_empty("kmeans", "points", points)
     if num_clusters < 1 or iterations < 0:
         raise ValueError(
             f"kmeans: num_clusters must be at least 1 and iterations at least 0, got {num_clusters} and {iterations}"
@@ -62,7 +62,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     everything = valid is None
     if valid is None:
         valid = points.new_ones(points.shape[:2], dtype=torch.bool)
-    _checks.shape("kmeans", "valid", valid, points.shape[:2])
+    checks.shape("kmeans", "valid", valid, points.shape[:2])
     # A block of classes at a time, which on the CPU stays in its cache through all rounds, and always in the same room.
     block = max(1, block_size(points.device) // max(1, points.shape[1] * points.shape[2]))
     with torch.autocast(points.device.type, enabled=False):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks
-from protoseg._numeric import full_precision
+from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision
 
 Matching = Literal["hungarian", "greedy", "none"]
 
@@ -42,9 +42,9 @@ def match(similarity: Tensor, method: Matching = "hungarian") -> Tensor:
         >>> match(torch.tensor([[[0.9, 0.8], [0.8, 0.1]]]))
         tensor([[1, 0]])
     """
-    _checks.shape("match", "similarity", similarity, ("B", "G", "K"))
-    _checks.not_empty("match", "similarity", similarity)
-    _checks.choice("match", "method", method, get_args(Matching))
+    checks.shape("match", "similarity", similarity, ("B", "G", "K"))
+    checks.not_empty("match", "similarity", similarity)
+    checks.choice("match", "method", method, get_args(Matching))
     similarity = full_precision(similarity).detach()
     if method == "none":
         return similarity.argmax(-1)
@@ -131,9 +131,9 @@ def symmetric_contrast(similarity: Tensor, matched: Tensor, keep: Tensor, scale:
         >>> round(loss.item(), 6)
         9.1e-05
     """
-    _checks.shape("symmetric_contrast", "similarity", similarity, ("B", "G", "K"))
+    checks.shape("symmetric_contrast", "similarity", similarity, ("B", "G", "K"))
     for name, value in (("matched", matched), ("keep", keep)):
-        _checks.shape("symmetric_contrast", name, value, similarity.shape[:2])
+        checks.shape("symmetric_contrast", name, value, similarity.shape[:2])
     with torch.autocast(similarity.device.type, enabled=False):
         logits = full_precision(similarity) * scale
         place = matched.clamp_min(0).unsqueeze(-1)

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from protoseg import _checks
-from protoseg._numeric import full_precision, unit
+from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision, unit
 
 Kernel = Literal["dot", "gaussian", "cosine"]
 _TINY = 1e-12  # below it a share or a length is none
@@ -76,17 +76,17 @@ def em(
         >>> fitted.responsibilities.round().tolist()
         [[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]
     """
-    _checks.shape("em", "tokens", tokens, ("B", "L", "D"))
-    _checks.not_empty("em", "tokens", tokens)
+    checks.shape("em", "tokens", tokens, ("B", "L", "D"))
+    checks.not_empty("em", "tokens", tokens)
     batch, length, dim = tokens.shape
-    _checks.shape("em", "centres", centres, (*((batch,) if centres.dim() == 3 else ()), "K", dim))
-    _checks.choice("em", "kernel", kernel, get_args(Kernel))
+    checks.shape("em", "centres", centres, (*((batch,) if centres.dim() == 3 else ()), "K", dim))
+    checks.choice("em", "kernel", kernel, get_args(Kernel))
     if iterations < 1:
         raise ValueError(f"em: iterations must be at least 1, got {iterations}")
     if not isinstance(bandwidth, Tensor):
-        _checks.positive("em", "bandwidth", bandwidth)
+        checks.positive("em", "bandwidth", bandwidth)
     if mask is not None:
-        _checks.shape("em", "mask", mask, (batch, length))
+        checks.shape("em", "mask", mask, (batch, length))
     with torch.autocast(tokens.device.type, enabled=False):
         tokens, centres = full_precision(tokens), full_precision(centres)
         if mask is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoseg import _checks
 from protoseg.data.voc import voc_palette
+from protoseg.utils import checks
 
 # "inferno" of matplotlib at nine even steps: lightness rises evenly with the score, so equal steps look equal
 # and a viewer who sees no colours still sees the order. A straight line between them is close enough.
@@ -55,11 +55,11 @@ def overlay(image: Tensor, layer: Tensor, *, strength: float = 0.65) -> Tensor:
         >>> overlay(image, torch.rand(2, 2)).shape
         torch.Size([3, 2, 2])
     """
-    _checks.shape("overlay", "image", image, (3, "H", "W"))
+    checks.shape("overlay", "image", image, (3, "H", "W"))
     if image.dtype != torch.uint8:
         raise TypeError(f"overlay: image must be uint8 with values 0..255, got {image.dtype}")
-    _checks.shape("overlay", "layer", layer, tuple(image.shape[1:]), "resize the layer to the image")
-    _checks.unit_interval("overlay", "strength", strength)
+    checks.shape("overlay", "layer", layer, tuple(image.shape[1:]), "resize the layer to the image")
+    checks.unit_interval("overlay", "strength", strength)
     if layer.dtype == torch.bool or layer.is_complex():
         raise TypeError(f"overlay: layer must hold floating point scores or an integer mask, got {layer.dtype}")
     picture, layer = image.detach().cpu().float(), layer.detach().cpu()

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protoseg import _checks, _distributed
-from protoseg._numeric import full_precision, unit
 from protoseg.functional import masked_average
+from protoseg.utils import checks, distributed
+from protoseg.utils.numeric import full_precision, unit
 
 __all__ = ["RegionContrast", "RegionalSemanticContrast"]
 
@@ -79,8 +79,8 @@ class RegionalSemanticContrast(nn.Module):
     def __init__(self, *, temperature: float = 0.1, suppression: float = 1.0, least_area: float = 0.0) -> None:
         super().__init__()
         me = type(self).__name__
-        _checks.positive(me, "temperature", temperature)
-        _checks.unit_interval(me, "least_area", least_area)
+        checks.positive(me, "temperature", temperature)
+        checks.unit_interval(me, "least_area", least_area)
         if not suppression >= 0:
             raise ValueError(f"{me}: suppression must be at least 0, got {suppression}")
         self.temperature, self.suppression, self.least_area = temperature, suppression, least_area
@@ -124,26 +124,26 @@ class RegionalSemanticContrast(nn.Module):
         self, features: Tensor, masks: Tensor, prototypes: Tensor, labels: Tensor | None, background: Tensor | None
     ) -> None:
         me = type(self).__name__
-        _checks.shape(me, "features", features, ("B", "D", "H", "W"))
-        _checks.floating(me, "features", features)
+        checks.shape(me, "features", features, ("B", "D", "H", "W"))
+        checks.floating(me, "features", features)
         batch, dim, height, width = features.shape
-        _checks.shape(me, "prototypes", prototypes, ("C", dim), "project the features to the prototypes' space")
+        checks.shape(me, "prototypes", prototypes, ("C", dim), "project the features to the prototypes' space")
         classes = len(prototypes)
         remedy = "resize the masks to the features, one channel per class"
-        _checks.shape(me, "masks", masks, (batch, classes, height, width), remedy)
+        checks.shape(me, "masks", masks, (batch, classes, height, width), remedy)
         if masks.dtype != torch.bool:
-            _checks.floating(me, "masks", masks)
+            checks.floating(me, "masks", masks)
         if labels is not None:
-            _checks.shape(me, "labels", labels, (batch, classes), "one row per picture, one column per class")
-            _checks.multi_hot(me, "labels", labels)
+            checks.shape(me, "labels", labels, (batch, classes), "one row per picture, one column per class")
+            checks.multi_hot(me, "labels", labels)
         if background is not None:
-            _checks.shape(me, "background", background, ("K", dim))
+            checks.shape(me, "background", background, ("K", dim))
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
     """Mean of the values that count; 0 of none, with a gradient of 0. Its mean over ranks is that over all values."""
-    count = _distributed.all_gather(counted.sum().reshape(1)).sum().clamp_min(1)
-    return torch.where(counted, values, torch.zeros_like(values)).sum() * _distributed.world_size() / count
+    count = distributed.all_gather(counted.sum().reshape(1)).sum().clamp_min(1)
+    return torch.where(counted, values, torch.zeros_like(values)).sum() * distributed.world_size() / count
 
 
 def _diagonal(similarity: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoseg import _distributed
+from protoseg.utils import distributed
 
 __all__ = ["factorize", "from_space", "measure", "to_space"]
 
@@ -40,8 +40,8 @@ def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, cov
     pixels = torch.where(weights > 0, pixels, torch.zeros_like(pixels))
 
     with torch.autocast(features.device.type, enabled=False):
-        arrived = _distributed.all_sum(weights.sum())
-        total = _distributed.all_sum(pixels @ weights)
+        arrived = distributed.all_sum(weights.sum())
+        total = distributed.all_sum(pixels @ weights)
         center = total / torch.where(arrived > 0, arrived, torch.ones_like(arrived))
         around = (pixels - center.unsqueeze(-1)) * weights.sqrt()
         if covariance.dim() == 2:
@@ -50,7 +50,7 @@ def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, cov
             scatter = around.square().sum(1)
         else:
             scatter = torch.zeros_like(covariance)
-    scatter = _distributed.all_sum(scatter)
+    scatter = distributed.all_sum(scatter)
 
     # Finite pixels may overflow in a square; what cannot be held leaves everything as it was.
     usable = (arrived > 0) & total.isfinite().all() & scatter.isfinite().all()

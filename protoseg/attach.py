@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from protoseg import _checks
 from protoseg.context import ContextPrototypeBank, ContextPrototypes
+from protoseg.utils import checks
 
 __all__ = ["Tap", "attach"]
 
@@ -101,7 +101,7 @@ class Tap:
         reshape: Callable[[Tensor], Tensor] | int | None = None,
         forwards: int = 1,
     ) -> None:
-        _checks.positive("attach", "forwards", forwards)
+        checks.positive("attach", "forwards", forwards)
         self.bank = bank
         self._cam = cam
         self._channels = None if channels is None else list(channels)

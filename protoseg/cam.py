@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks
 from protoseg.functional import max_normalize as normalize
+from protoseg.utils import checks
 
 __all__ = ["multi_scale", "normalize", "otsu_threshold", "quantile_threshold", "to_mask", "with_background"]
 
@@ -33,7 +33,7 @@ def with_background(cam: Tensor, power: float = 1.0) -> Tensor:
         >>> with_background(torch.tensor([[[0.2]], [[0.7]]])).flatten().tolist()
         [0.30000001192092896, 0.20000000298023224, 0.699999988079071]
     """
-    _checks.positive("with_background", "power", power)
+    checks.positive("with_background", "power", power)
     background = 1 - cam.amax(-3, keepdim=True)
     return torch.cat([background if power == 1 else background**power, cam], -3)
 
@@ -68,7 +68,7 @@ def multi_scale(
         >>> mean.shape, mean.mean().item()
         (torch.Size([1, 1, 16, 16]), 1.0)
     """
-    _checks.shape("multi_scale", "images", images, ("B", "C", "H", "W"))
+    checks.shape("multi_scale", "images", images, ("B", "C", "H", "W"))
     if not scales or min(scales) <= 0:
         raise ValueError(f"multi_scale: scales must be one or more numbers above 0, got {tuple(scales)}")
     total: list[Tensor] = []
@@ -109,7 +109,7 @@ def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
         >>> to_mask(torch.tensor([[[0.9, 0.1]], [[1.0, 1.0]]]), torch.tensor([1, 0]), 0.5).tolist()
         [[1, 0]]
     """
-    _checks.unit_interval("to_mask", "threshold", threshold)
+    checks.unit_interval("to_mask", "threshold", threshold)
     if cam.shape[:-2] != labels.shape:
         raise ValueError(
             f"to_mask: cam [..., C, H, W] and labels [..., C] must agree, got {tuple(cam.shape)} and "
@@ -168,7 +168,7 @@ def quantile_threshold(histogram: Tensor, foreground: float) -> float:
         >>> quantile_threshold(torch.tensor([6.0, 2.0, 2.0]), 0.2)
         1.0
     """
-    _checks.unit_interval("quantile_threshold", "foreground", foreground)
+    checks.unit_interval("quantile_threshold", "foreground", foreground)
     counts = _histogram("quantile_threshold", histogram)
     if counts.sum() == 0:
         raise ValueError("quantile_threshold: histogram must hold at least one pixel, got an empty one")
@@ -177,7 +177,7 @@ def quantile_threshold(histogram: Tensor, foreground: float) -> float:
 
 
 def _histogram(where: str, histogram: Tensor) -> Tensor:
-    _checks.shape(where, "histogram", histogram, ("bins + 1",))
+    checks.shape(where, "histogram", histogram, ("bins + 1",))
     if len(histogram) < 2 or bool((histogram < 0).any()):
         raise ValueError(f"{where}: histogram must hold two or more counts of at least 0, got {histogram.tolist()}")
     return histogram.cpu().double()

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks, _clip_conv, _clip_resnet, _clip_vit
+from protoseg import _clip_conv, _clip_resnet, _clip_vit
 from protoseg._affinity import affinity, feature_attention, refine_by_affinity
 from protoseg._clip_masks import Segmented, segment
-from protoseg._numeric import unit
+from protoseg.utils import checks
+from protoseg.utils.numeric import unit
 
 __all__ = [
     "BACKGROUND",
@@ -175,7 +176,7 @@ class FrozenCLIP(nn.Module):
             TypeError: The picture is not uint8.
             ValueError: It has another shape, or is smaller than a patch.
         """
-        _checks.shape("FrozenCLIP.prepare", "image", image, (3, "H", "W"))
+        checks.shape("FrozenCLIP.prepare", "image", image, (3, "H", "W"))
         if image.dtype != torch.uint8:
             raise TypeError(f"FrozenCLIP.prepare: image must be uint8 in 0..255, got {image.dtype}")
         weight = self._weight
@@ -296,15 +297,15 @@ class FrozenCLIP(nn.Module):
         me = "FrozenCLIP.grad_cam"
         tower, grid = self._check(me, images, pooling)
         width = tower.width(self.visual)
-        _checks.shape(me, "prototypes", prototypes, ("C", width))
+        checks.shape(me, "prototypes", prototypes, ("C", width))
         every = prototypes.detach()
         if background is not None:
-            _checks.shape(me, "background", background, ("K", width))
+            checks.shape(me, "background", background, ("K", width))
             every = torch.cat([every, background.detach().to(every)])
         present = torch.ones(len(images), len(prototypes), dtype=torch.bool, device=images.device)
         if labels is not None:
-            _checks.shape(me, "labels", labels, present.shape, "one row per picture")
-            _checks.multi_hot(me, "labels", labels)
+            checks.shape(me, "labels", labels, present.shape, "one row per picture")
+            checks.multi_hot(me, "labels", labels)
             present = (labels != 0).to(images.device)
         with torch.enable_grad(), tower.watch(self.visual, leaf=True) as watched:
             _, whole = self._embed(images.detach(), grid, pooling)
@@ -352,8 +353,8 @@ class FrozenCLIP(nn.Module):
 
     def _check(self, me: str, images: Tensor, pooling: str) -> tuple[_Tower, _clip_vit.Grid]:
         """How to treat the network, and the patches of a picture's sides."""
-        _checks.shape(me, "images", images, ("B", 3, "H", "W"))
-        _checks.choice(me, "pooling", pooling, get_args(Pooling))
+        checks.shape(me, "images", images, ("B", 3, "H", "W"))
+        checks.choice(me, "pooling", pooling, get_args(Pooling))
         tower, (height, width) = _tower(self.visual), images.shape[-2:]
         patch = tower.patch(self.visual)
         if min(height, width) < patch or height % patch or width % patch:

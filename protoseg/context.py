@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks, _distributed
 from protoseg._bank import Memory, refresh, snapshot, update_bank
-from protoseg._numeric import unit
 from protoseg._statistics import from_space, to_space
 from protoseg.cam import with_background
 from protoseg.functional import (
@@ -31,6 +29,8 @@ from protoseg.functional import (
     similarity,
 )
 from protoseg.metrics import RegionContrast
+from protoseg.utils import checks, distributed
+from protoseg.utils.numeric import unit
 
 __all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", "Locate", "MapContrast", "Score"]
 
@@ -259,7 +259,7 @@ class ContextPrototypeBank(nn.Module):
             "refresh_every": refresh_every,
             "half_life": half_life,
         }.items():
-            _checks.positive(me, name, value)
+            checks.positive(me, name, value)
         if not 0 <= cam_threshold < 1:
             raise ValueError(f"{me}: cam_threshold must be at least 0 and below 1, got {cam_threshold}")
         if not 0 < background_threshold <= 1:
@@ -268,11 +268,11 @@ class ContextPrototypeBank(nn.Module):
             raise ValueError(f"{me}: background_weight must be at least 0, got {background_weight}")
         if not 0 < exponent <= 1:
             raise ValueError(f"{me}: exponent must be above 0 and at most 1, got {exponent}")
-        _checks.choice(me, "metric", metric, get_args(Metric))
-        _checks.choice(me, "score", score, get_args(Score))
-        _checks.choice(me, "background", background, get_args(Background))
-        _checks.choice(me, "locate", locate, get_args(Locate))
-        _checks.choice(me, "detach", detach, get_args(Detach))
+        checks.choice(me, "metric", metric, get_args(Metric))
+        checks.choice(me, "score", score, get_args(Score))
+        checks.choice(me, "background", background, get_args(Background))
+        checks.choice(me, "locate", locate, get_args(Locate))
+        checks.choice(me, "detach", detach, get_args(Detach))
         top_k = num_contexts if top_k is None else top_k
         if not 1 <= top_k <= num_contexts:
             raise ValueError(
@@ -345,7 +345,7 @@ class ContextPrototypeBank(nn.Module):
         """Compute maps and loss; in ``train()`` then store this batch. See the class for shapes and errors."""
         out, seen = self._compute(features, cam, labels)
         if self.training:
-            retain = 0.5 ** (len(features) * _distributed.world_size() / self.half_life)
+            retain = 0.5 ** (len(features) * distributed.world_size() / self.half_life)
             self._store(seen, measure=True, retain=retain, refresh_every=self.refresh_every)
         return out
 
@@ -516,7 +516,7 @@ class ContextPrototypeBank(nn.Module):
             ([8, 8, 0, 8], True)
         """
         me = f"{type(self).__name__}.fill"
-        _checks.positive(me, "rounds", rounds)
+        checks.positive(me, "rounds", rounds)
         if isinstance(batches, Iterator):
             raise TypeError(f"{me}: batches must be readable once a round, got a {type(batches).__name__}; pass a list")
         before = [buffer.clone() for buffer in self.buffers()]
@@ -586,22 +586,22 @@ class ContextPrototypeBank(nn.Module):
     def _check(self, features: Tensor, cam: Tensor, labels: Tensor) -> None:
         me, classes = type(self).__name__, self.num_classes
         remedy = "construct the bank with dim = the channels of the features"
-        _checks.shape(me, "features", features, ("B", self.dim, "H", "W"), remedy)
+        checks.shape(me, "features", features, ("B", self.dim, "H", "W"), remedy)
         remedy = "pass the foreground classes only, one map for each picture"
-        _checks.shape(me, "cam", cam, (len(features), classes, "h", "w"), remedy)
+        checks.shape(me, "cam", cam, (len(features), classes, "h", "w"), remedy)
         remedy = "pass the multi-hot labels of the foreground classes"
-        _checks.shape(me, "labels", labels, (len(features), classes), remedy)
-        _checks.floating(me, "features", features)
-        _checks.floating(me, "cam", cam)
-        _checks.not_empty(me, "features", features)
-        _checks.not_empty(me, "cam", cam)
+        checks.shape(me, "labels", labels, (len(features), classes), remedy)
+        checks.floating(me, "features", features)
+        checks.floating(me, "cam", cam)
+        checks.not_empty(me, "features", features)
+        checks.not_empty(me, "cam", cam)
         for name, value in (("features", features), ("cam", cam), ("labels", labels)):
-            _checks.device(me, name, value, self.bank.device)
+            checks.device(me, name, value, self.bank.device)
         wanted = features.device.type == "cpu" if self.check_values is None else self.check_values
         if wanted and not torch.compiler.is_compiling():
-            _checks.finite(me, "features", features)
-            _checks.finite(me, "cam", cam)
-            _checks.multi_hot(me, "labels", labels)
+            checks.finite(me, "features", features)
+            checks.finite(me, "cam", cam)
+            checks.multi_hot(me, "labels", labels)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ContextPrototypeBank:
         """Move the module, but keep sums over all pixels in full precision in a bank of half precision."""

@@ -12,11 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from protoseg import _checks
 from protoseg._kmeans import Clusters, kmeans
 from protoseg._matching import Matching, match, symmetric_contrast
 from protoseg._mixture import Kernel, Mixture, em
-from protoseg._numeric import full_precision, mean_of, pixel_length, unit
+from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision, mean_of, pixel_length, unit
 
 __all__ = [
     "Clusters",
@@ -120,7 +120,7 @@ def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> T
         >>> similarity(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), "l1").tolist()
         [[-1.0, -2.0]]
     """
-    _checks.choice("similarity", "metric", metric, get_args(Metric))
+    checks.choice("similarity", "metric", metric, get_args(Metric))
     with torch.autocast(anchors.device.type, enabled=False):
         anchors, prototypes = full_precision(anchors), full_precision(prototypes)
         if metric in ("l1", "l2"):
@@ -151,7 +151,7 @@ def metric_scale(prototypes: Tensor, valid: Tensor, metric: Metric = "dot") -> T
     Raises:
         ValueError: Unknown metric.
     """
-    _checks.choice("metric_scale", "metric", metric, get_args(Metric))
+    checks.choice("metric_scale", "metric", metric, get_args(Metric))
     if metric == "cosine":
         return prototypes.new_ones(())
     order = 1 if metric == "l1" else 2

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from protoseg import _checks, _distributed, _published
+from protoseg import _published
 from protoseg._matching import Matching, match, own_similarity, symmetric_contrast
 from protoseg._mixture import Kernel, Mixture, em
-from protoseg._numeric import full_precision, unit
+from protoseg.utils import checks, distributed
+from protoseg.utils.numeric import full_precision, unit
 
 __all__ = ["Estimator", "GMMPrototypeRegularizer", "GroupPrototypes", "RejectOn"]
 
@@ -149,14 +150,14 @@ class GMMPrototypeRegularizer(nn.Module):
             "bandwidth": bandwidth,
             "temperature": temperature,
         }.items():
-            _checks.positive(me, name, value)
-        _checks.unit_interval(me, "momentum", momentum)
-        _checks.choice(me, "kernel", kernel, get_args(Kernel))
-        _checks.choice(me, "reject_on", reject_on, get_args(RejectOn))
-        _checks.choice(me, "estimator", estimator, get_args(Estimator))
-        _checks.choice(me, "matching", matching, get_args(Matching))
+            checks.positive(me, name, value)
+        checks.unit_interval(me, "momentum", momentum)
+        checks.choice(me, "kernel", kernel, get_args(Kernel))
+        checks.choice(me, "reject_on", reject_on, get_args(RejectOn))
+        checks.choice(me, "estimator", estimator, get_args(Estimator))
+        checks.choice(me, "matching", matching, get_args(Matching))
         if compat is not None:
-            _checks.choice(me, "compat", compat, ("pgseg-repo",))
+            checks.choice(me, "compat", compat, ("pgseg-repo",))
         self.dim, self.num_prototypes, self.iterations = dim, num_prototypes, iterations
         self.kernel: Kernel = kernel
         self.bandwidth, self.momentum = bandwidth, momentum
@@ -272,15 +273,15 @@ class GMMPrototypeRegularizer(nn.Module):
     def _check(self, tokens: Tensor, group_tokens: Tensor, mask: Tensor | None) -> None:
         me = type(self).__name__
         remedy = "construct the regularizer with dim = the channels of the tokens, and project words to it"
-        _checks.shape(me, "tokens", tokens, ("B", "L", self.dim), remedy)
-        _checks.shape(me, "group_tokens", group_tokens, (len(tokens), "G", self.dim), remedy)
+        checks.shape(me, "tokens", tokens, ("B", "L", self.dim), remedy)
+        checks.shape(me, "group_tokens", group_tokens, (len(tokens), "G", self.dim), remedy)
         for name, value in (("tokens", tokens), ("group_tokens", group_tokens)):
-            _checks.floating(me, name, value)
-            _checks.not_empty(me, name, value)
-            _checks.device(me, name, value, self.mu.device)
+            checks.floating(me, name, value)
+            checks.not_empty(me, name, value)
+            checks.device(me, name, value, self.mu.device)
         if mask is not None:
-            _checks.shape(me, "token_mask", mask, tokens.shape[:2], "True where a token counts")
-            _checks.device(me, "token_mask", mask, self.mu.device)
+            checks.shape(me, "token_mask", mask, tokens.shape[:2], "True where a token counts")
+            checks.device(me, "token_mask", mask, self.mu.device)
             if mask.dtype != torch.bool:
                 raise TypeError(f"{me}: token_mask must be bool, got {mask.dtype}; True where a token counts")
         if self.compat is not None:
@@ -293,8 +294,8 @@ class GMMPrototypeRegularizer(nn.Module):
                 )
         wanted = tokens.device.type == "cpu" if self.check_values is None else self.check_values
         if wanted and not torch.compiler.is_compiling():
-            _checks.finite(me, "tokens", tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0))
-            _checks.finite(me, "group_tokens", group_tokens)
+            checks.finite(me, "tokens", tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0))
+            checks.finite(me, "group_tokens", group_tokens)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         theirs = state_dict.get(prefix + "mu")
@@ -317,8 +318,8 @@ def move(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalise: b
         momentum: Share of the old.
         normalise: Scale the result to unit length.
     """
-    total = _distributed.all_gather(total.unsqueeze(0)).sum(0)
-    count = _distributed.all_gather(count.reshape(1)).sum()
+    total = distributed.all_gather(total.unsqueeze(0)).sum(0)
+    count = distributed.all_gather(count.reshape(1)).sum()
     moved = momentum * mu + (1 - momentum) * total / count.clamp_min(1.0)
     mu.copy_(torch.where(count > 0, unit(moved) if normalise else moved, mu))
 

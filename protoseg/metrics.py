@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks, _distributed
+from protoseg.utils import checks, distributed
 
 VOID = 255
 """The mask value of pixels that no metric counts."""
@@ -65,7 +65,7 @@ class SweepResult(NamedTuple):
 
     def at(self, threshold: float) -> SweepPoint:
         """The grid's threshold nearest to ``threshold`` (0..1; ``ValueError`` outside)."""
-        _checks.unit_interval("SweepResult.at", "threshold", threshold)
+        checks.unit_interval("SweepResult.at", "threshold", threshold)
         return self._point(round(threshold * (len(self.thresholds) - 1)))
 
     def _point(self, index: int) -> SweepPoint:
@@ -150,7 +150,7 @@ class ConfusionMatrix:
         """
         where, classes = "ConfusionMatrix.update", self.num_classes
         _integer(where, "prediction", prediction)
-        _checks.shape(where, "prediction", prediction, ("H", "W") if prediction.dim() == 2 else ("B", "H", "W"))
+        checks.shape(where, "prediction", prediction, ("H", "W") if prediction.dim() == 2 else ("B", "H", "W"))
         _mask(where, mask, prediction.shape, classes)
         if prediction.numel() and not 0 <= int(prediction.min()) <= int(prediction.max()) <= classes:
             raise ValueError(
@@ -250,10 +250,10 @@ class ThresholdSweep:
             ValueError: A shape differs or a value is NaN or out of range; nothing has been counted then.
         """
         where, classes = "ThresholdSweep.update", self.num_classes
-        _checks.shape(where, "maps", maps, (classes, "H", "W"), "background has no map here")
-        _checks.floating(where, "maps", maps)
-        _checks.shape(where, "labels", labels, (classes,))
-        _checks.multi_hot(where, "labels", labels)
+        checks.shape(where, "maps", maps, (classes, "H", "W"), "background has no map here")
+        checks.floating(where, "maps", maps)
+        checks.shape(where, "labels", labels, (classes,))
+        checks.multi_hot(where, "labels", labels)
         if mask is not None:
             _mask(where, mask, maps.shape[1:], classes)
             counted = (mask != VOID).to(maps.device)
@@ -342,7 +342,7 @@ class RegionContrast:
     def __init__(self, num_classes: int, *, bins: int = 50) -> None:
         if not isinstance(bins, int) or bins < 1:
             raise ValueError(f"RegionContrast: bins must be an integer of at least 1, got {bins!r}")
-        _checks.positive("RegionContrast", "num_classes", num_classes)
+        checks.positive("RegionContrast", "num_classes", num_classes)
         self.num_classes = num_classes
         self.bins = bins
         self.thresholds = (torch.arange(bins + 1, dtype=torch.float64) / bins).float()
@@ -368,13 +368,13 @@ class RegionContrast:
             ValueError: A shape differs or a value is NaN or out of range; nothing has been counted then.
         """
         where = "RegionContrast.update"
-        _checks.shape(where, "features", features, ("D", "h", "w"))
-        _checks.floating(where, "features", features)
-        _checks.finite(where, "features", features)
-        _checks.shape(where, "maps", maps, (self.num_classes, "H", "W"), "background has no map here")
-        _checks.floating(where, "maps", maps)
-        _checks.shape(where, "labels", labels, (self.num_classes,))
-        _checks.multi_hot(where, "labels", labels)
+        checks.shape(where, "features", features, ("D", "h", "w"))
+        checks.floating(where, "features", features)
+        checks.finite(where, "features", features)
+        checks.shape(where, "maps", maps, (self.num_classes, "H", "W"), "background has no map here")
+        checks.floating(where, "maps", maps)
+        checks.shape(where, "labels", labels, (self.num_classes,))
+        checks.multi_hot(where, "labels", labels)
 
         present = labels.cpu().nonzero().flatten()
         if not len(present) or not features.numel():
@@ -449,7 +449,7 @@ def prototype_diagnostics(prototypes: Tensor, assignment: Tensor | None = None) 
         (0.0, 2.0, 0.5)
     """
     where = "prototype_diagnostics"
-    _checks.floating(where, "prototypes", prototypes)
+    checks.floating(where, "prototypes", prototypes)
     if prototypes.dim() < 2:
         raise ValueError(f"{where}: prototypes must have shape (..., K, D), got {tuple(prototypes.shape)}")
     leading, count = prototypes.shape[:-2], prototypes.shape[-2]
@@ -461,8 +461,8 @@ def prototype_diagnostics(prototypes: Tensor, assignment: Tensor | None = None) 
         unknown = torch.full_like(cosine, torch.nan)
         return PrototypeDiagnostics(cosine, unknown, unknown.clone())
 
-    _checks.floating(where, "assignment", assignment)
-    _checks.shape(where, "assignment", assignment, (*leading, "L", count), "one column for each prototype")
+    checks.floating(where, "assignment", assignment)
+    checks.shape(where, "assignment", assignment, (*leading, "L", count), "one column for each prototype")
     if not bool((assignment >= 0).all()):
         lowest = assignment.min().item()
         raise ValueError(f"{where}: assignment must not be negative or NaN, got a minimum of {lowest:g}")
@@ -481,7 +481,7 @@ def _iou(matrix: Tensor) -> Tensor:
 
 def _all_reduce(counts: Tensor) -> None:
     """Sum ``counts``, which is on the CPU, over all ranks in place; NCCL can only add what is on a GPU."""
-    if _distributed.world_size() > 1:
+    if distributed.world_size() > 1:
         shared = counts.cuda() if "nccl" in dist.get_backend() else counts
         dist.all_reduce(shared)
         counts.copy_(shared)
@@ -512,7 +512,7 @@ def _integer(where: str, name: str, value: Tensor) -> None:
 
 def _mask(where: str, mask: Tensor, size: torch.Size, classes: int) -> None:
     _integer(where, "mask", mask)
-    _checks.shape(where, "mask", mask, tuple(size), "resize the prediction to the mask")
+    checks.shape(where, "mask", mask, tuple(size), "resize the prediction to the mask")
     wrong = (mask != VOID) & ((mask < 0) | (mask > classes))
     if bool(wrong.any()):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks
+from protoseg.utils import checks
 
 __all__ = ["Refiner", "load_refiner", "pixel_adaptive_refine"]
 
@@ -57,9 +57,9 @@ def pixel_adaptive_refine(
         (True, True)
     """
     where = "pixel_adaptive_refine"
-    _checks.shape(where, "maps", maps, ("B", "C", "H", "W"))
-    _checks.shape(where, "images", images, (maps.shape[0], 3, *maps.shape[2:]), "resize the maps to the pictures")
-    _checks.positive(where, "sharpness", sharpness)
+    checks.shape(where, "maps", maps, ("B", "C", "H", "W"))
+    checks.shape(where, "images", images, (maps.shape[0], 3, *maps.shape[2:]), "resize the maps to the pictures")
+    checks.positive(where, "sharpness", sharpness)
     if iterations < 0 or not dilations or min(dilations) < 1:
         raise ValueError(
             f"{where}: iterations must be at least 0 and dilations numbers of at least 1, "

@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
-from protoseg._distributed import world_size
-from protoseg._numeric import block_size, full_precision, unit
 from protoseg._regional import RegionalSemanticContrast, RegionContrast
+from protoseg.utils import checks
+from protoseg.utils.distributed import world_size
+from protoseg.utils.numeric import block_size, full_precision, unit
 
 __all__ = ["Fit", "RegionContrast", "RegionalSemanticContrast", "VisionPrototypeLearner", "VisionPrototypes"]
 
@@ -116,14 +116,14 @@ class VisionPrototypeLearner(nn.Module):
     ) -> None:
         super().__init__()
         me = type(self).__name__
-        _checks.shape(me, "text_prototypes", text_prototypes, ("C", "D"))
-        _checks.floating(me, "text_prototypes", text_prototypes)
-        _checks.not_empty(me, "text_prototypes", text_prototypes)
-        _checks.finite(me, "text_prototypes", text_prototypes)
+        checks.shape(me, "text_prototypes", text_prototypes, ("C", "D"))
+        checks.floating(me, "text_prototypes", text_prototypes)
+        checks.not_empty(me, "text_prototypes", text_prototypes)
+        checks.finite(me, "text_prototypes", text_prototypes)
         if not bool((text_prototypes != 0).any(-1).all()):
             raise ValueError(f"{me}: every text prototype needs a direction, and one is 0")
-        _checks.positive(me, "text_temperature", text_temperature)
-        _checks.positive(me, "vision_temperature", vision_temperature)
+        checks.positive(me, "text_temperature", text_temperature)
+        checks.positive(me, "vision_temperature", vision_temperature)
         if balance < 0:
             raise ValueError(f"{me}: balance must be at least 0, got {balance}")
         self.text_temperature, self.vision_temperature, self.balance = text_temperature, vision_temperature, balance
@@ -213,14 +213,14 @@ class VisionPrototypeLearner(nn.Module):
     def _check(self, features: Tensor, labels: Tensor | None) -> None:
         me = type(self).__name__
         classes, dim = self.text.shape
-        _checks.shape(me, "features", features, ("n", dim), "take embeddings of the network that the texts are from")
-        _checks.floating(me, "features", features)
-        _checks.not_empty(me, "features", features)
+        checks.shape(me, "features", features, ("n", dim), "take embeddings of the network that the texts are from")
+        checks.floating(me, "features", features)
+        checks.not_empty(me, "features", features)
         if labels is not None:
-            _checks.shape(me, "labels", labels, (len(features), classes), "one row per picture, one column per class")
+            checks.shape(me, "labels", labels, (len(features), classes), "one row per picture, one column per class")
         for some in _slices(features, features.device):
             if labels is not None:
-                _checks.multi_hot(me, "labels", labels[some])
+                checks.multi_hot(me, "labels", labels[some])
             off = (features[some].detach().float().norm(dim=-1) - 1).abs().max()
             if not bool(off < 1e-2):  # also of NaN
                 raise ValueError(

@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoseg import ContextPrototypeBank, attach
-from protoseg._distributed import all_gather, world_size
+from protoseg.utils.distributed import all_gather, world_size
 from tests import stand_ins
 from tests.cases import OPTIONS, C, D, batch
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from protoseg import functional as P
-from protoseg._numeric import unit
+from protoseg.utils.numeric import unit
 
 METRICS: tuple[P.Metric, ...] = ("dot", "cosine", "l1", "l2")
 

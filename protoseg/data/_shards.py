@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoseg import _checks
 from protoseg.data import UnreadableFileError
 from protoseg.data._pair import Pair
 from protoseg.data._voc_files import pillow
+from protoseg.utils import checks
 
 __all__ = [
     "Broken",
@@ -335,8 +335,8 @@ def _check(pair: Pair, keys: set[str]) -> None:
         raise ValueError(f"write_shards: a key must be new in its shard, have no dot, no __ in front, got {pair.key!r}")
     if not pair.caption.strip():
         raise ValueError(f"write_shards: {pair.key} has no caption; leave the pair out")
-    _checks.shape("write_shards", f"the image of {pair.key}", pair.image, (3, "H", "W"))
-    _checks.not_empty("write_shards", f"the image of {pair.key}", pair.image)
+    checks.shape("write_shards", f"the image of {pair.key}", pair.image, (3, "H", "W"))
+    checks.not_empty("write_shards", f"the image of {pair.key}", pair.image)
     if pair.image.dtype != torch.uint8:
         raise TypeError(f"write_shards: the image of {pair.key} must be uint8, got {pair.image.dtype}")
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from protoseg import _checks
 from protoseg.data import _shards
 from protoseg.data._csv import CsvPairs
 from protoseg.data._pair import Pair, T
 from protoseg.data._shards import Broken
 from protoseg.data.scenes import Scenes
+from protoseg.utils import checks
 
 __all__ = ["Broken", "CsvPairs", "Pair", "ScenePairs", "ShardPairs", "write_shards"]
 
@@ -280,7 +280,7 @@ def write_shards(
         ['pairs-000000.tar', 'pairs-000001.tar', 'pairs-000002.tar']
     """
     _at_least("write_shards", "shard_size", shard_size, 1)
-    _checks.choice("write_shards", "ending", ending, ("png", "jpg"))
+    checks.choice("write_shards", "ending", ending, ("png", "jpg"))
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     if older := sorted(root.glob(f"{name}-*.tar")):

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from protoseg import _checks
 from protoseg.data import Sample
 from protoseg.data._drawing import (
     PATTERNS,
@@ -25,6 +24,7 @@ from protoseg.data._drawing import (
     rim,
     silhouette,
 )
+from protoseg.utils import checks
 
 __all__ = ["Scene", "Scenes", "Thing"]
 
@@ -212,8 +212,8 @@ class Scenes(Dataset[Sample]):
             if not low <= number <= high:
                 span = f"at least {low}" if high == math.inf else f"in {low}..{high}"
                 raise ValueError(f"Scenes: {name} must be {span}, got {number}")
-        _checks.unit_interval("Scenes", "cooccurrence", cooccurrence)
-        _checks.unit_interval("Scenes", "shared_body", shared_body)
+        checks.unit_interval("Scenes", "cooccurrence", cooccurrence)
+        checks.unit_interval("Scenes", "shared_body", shared_body)
         if not 0.05 <= telling_part <= 0.5:
             raise ValueError(f"Scenes: telling_part must lie between 0.05 and 0.5, got {telling_part}")
         self.seed = seed

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoseg import _checks
 from protoseg.data import Sample, UnreadableFileError
 from protoseg.data import _voc_files as files
+from protoseg.utils import checks
 
 __all__ = ["VOC_CLASSES", "VOCFolder", "load_image", "load_mask", "save_mask", "voc_palette"]
 
@@ -109,8 +109,8 @@ class VOCFolder(Dataset[Sample]):
         masks: MaskUse = "optional",
         mask_dir: str = "SegmentationClass",
     ) -> None:
-        _checks.choice("VOCFolder", "tags", tags, ("auto", "csv", "xml", "masks"))
-        _checks.choice("VOCFolder", "masks", masks, ("optional", "required", "none"))
+        checks.choice("VOCFolder", "tags", tags, ("auto", "csv", "xml", "masks"))
+        checks.choice("VOCFolder", "masks", masks, ("optional", "required", "none"))
         self.root = Path(root)
         self.split = split
         if not self.root.is_dir():

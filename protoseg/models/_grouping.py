@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from protoseg._numeric import unit
+from protoseg.utils.numeric import unit
 
 LARGEST_COSINE_SCALE = 50.0
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
 from protoseg.models.backbones import Backbone, BankFeatures
+from protoseg.utils import checks
 
 __all__ = ["AMNNetwork", "AMNOutput", "activation_loss"]
 
@@ -81,10 +81,10 @@ class AMNNetwork(nn.Module):
         bank_features: BankFeatures = "last",
     ) -> None:
         super().__init__()
-        _checks.positive("AMNNetwork", "num_classes", num_classes)
+        checks.positive("AMNNetwork", "num_classes", num_classes)
         if not rates or min(rates) < 1:
             raise ValueError(f"AMNNetwork: rates must be one or more numbers of at least 1, got {tuple(rates)}")
-        _checks.choice("AMNNetwork", "bank_features", bank_features, get_args(BankFeatures))
+        checks.choice("AMNNetwork", "bank_features", bank_features, get_args(BankFeatures))
         self.num_classes = num_classes
         self.backbone = backbone
         self.bank_features: BankFeatures = bank_features
@@ -102,7 +102,7 @@ class AMNNetwork(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> AMNOutput:
         """Return logits, features and CAM. See the class for shapes and errors."""
-        _checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
+        checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
         penultimate, last = self.backbone.last_two(images)
         conditioned = self.dropout(last * self.label_encoder(labels.to(last.dtype))[..., None, None])
         logits = torch.stack([conv(conditioned) for conv in self.atrous]).sum(0)
@@ -136,9 +136,9 @@ def activation_loss(logits: Tensor, masks: Tensor, smoothing: float = 0.4) -> Te
         >>> loss.isclose(torch.tensor(4.0).log()).item()
         True
     """
-    _checks.unit_interval("activation_loss", "smoothing", smoothing)
-    _checks.shape("activation_loss", "logits", logits, ("B", "C+1", "h", "w"))
-    _checks.shape("activation_loss", "masks", masks, (len(logits), "H", "W"))
+    checks.unit_interval("activation_loss", "smoothing", smoothing)
+    checks.shape("activation_loss", "logits", logits, ("B", "C+1", "h", "w"))
+    checks.shape("activation_loss", "masks", masks, (len(logits), "H", "W"))
     target = F.interpolate(masks[:, None].double(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
     log_shares = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
     classes = logits.shape[1] - 1

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
 from protoseg.models._timm import knowing
 from protoseg.models._weights import fit_weights, read_file, read_package
+from protoseg.utils import checks
 
 __all__ = ["Backbone", "BankFeatures", "SmallResNet", "TimmBackbone", "load_weights"]
 
@@ -60,7 +60,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, width: int = 32, *, depths: Sequence[int] = (1, 1, 2, 1)) -> None:
         super().__init__()
-        _checks.positive("SmallResNet", "width", width)
+        checks.positive("SmallResNet", "width", width)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"SmallResNet: depths must be four numbers of at least 1, got {tuple(depths)}")
         self.name = f"small:{width}"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
-from protoseg._numeric import full_precision
+from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision
 
 try:
     from timm.models.vision_transformer import Block
@@ -78,7 +78,7 @@ class FrozenDecoder(nn.Module):
         if len(maps) != len(self.enter):
             raise ValueError(f"FrozenDecoder: expected the features of {len(self.enter)} layers, got {len(maps)}")
         for place, each in enumerate(maps):
-            _checks.shape("FrozenDecoder", f"maps[{place}]", each, ("B", self.widths[place], "h", "w"))
+            checks.shape("FrozenDecoder", f"maps[{place}]", each, ("B", self.widths[place], "h", "w"))
         tokens = [_resized(each, maps[0].shape[-2:]).flatten(2).transpose(1, 2) for each in maps]
         fused = self.fuse(torch.cat([enter(each) for enter, each in zip(self.enter, tokens, strict=True)], -1))
         mixed = fused
@@ -111,8 +111,8 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         >>> balanced_cross_entropy(torch.zeros(1, 2, 2, 2), torch.tensor([[[0, 0], [0, 1]]])).item()  # log 2
         0.6931471824645996
     """
-    _checks.shape("balanced_cross_entropy", "logits", logits, ("B", "C", "H", "W"))
-    _checks.shape("balanced_cross_entropy", "target", target, (len(logits), *logits.shape[-2:]))
+    checks.shape("balanced_cross_entropy", "logits", logits, ("B", "C", "H", "W"))
+    checks.shape("balanced_cross_entropy", "target", target, (len(logits), *logits.shape[-2:]))
     each = F.cross_entropy(full_precision(logits), target.long(), ignore_index=IGNORE, reduction="none")
     return _halves(each, target == 0, (target != 0) & (target != IGNORE))
 
@@ -135,9 +135,9 @@ def affinity_loss(affinity: Tensor, target: Tensor) -> Tensor:
         >>> affinity_loss(sure, torch.tensor([[1, 1, 0]])).item() < 0.001
         True
     """
-    _checks.shape("affinity_loss", "affinity", affinity, ("B", "L", affinity.shape[-1] if affinity.dim() else "L"))
+    checks.shape("affinity_loss", "affinity", affinity, ("B", "L", affinity.shape[-1] if affinity.dim() else "L"))
     target = target.flatten(1)
-    _checks.shape("affinity_loss", "target", target, affinity.shape[:2])
+    checks.shape("affinity_loss", "target", target, affinity.shape[:2])
     known = target != IGNORE
     pairs = known.unsqueeze(1) & known.unsqueeze(2)
     pairs = pairs & ~torch.eye(target.shape[1], dtype=torch.bool, device=target.device)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
 from protoseg.gmm import GMMPrototypeRegularizer, GroupPrototypes
+from protoseg.utils import checks
 
 try:
     from timm.models.vision_transformer import Block
@@ -230,7 +230,7 @@ class GroupingEncoder(nn.Module):
     def forward(self, images: Tensor) -> Encoded:
         """Encode pictures. See the class for shapes."""
         patch = self.config.patch_size
-        _checks.shape("GroupingEncoder", "images", images, ("B", 3, "H", "W"))
+        checks.shape("GroupingEncoder", "images", images, ("B", 3, "H", "W"))
         if images.shape[-2] % patch or images.shape[-1] % patch:
             raise ValueError(
                 f"GroupingEncoder: the sides of images must be multiples of {patch}, got {tuple(images.shape[-2:])}; "

@@ -9,8 +9,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from protoseg import _checks
 from protoseg.models.backbones import Backbone, BankFeatures, SmallResNet, TimmBackbone, load_weights
+from protoseg.utils import checks
 
 __all__ = ["CAMNetwork", "CAMOutput", "build_cam_network"]
 
@@ -71,8 +71,8 @@ class CAMNetwork(nn.Module):
         prior: float | None = None,
     ) -> None:
         super().__init__()
-        _checks.positive("CAMNetwork", "num_classes", num_classes)
-        _checks.choice("CAMNetwork", "bank_features", bank_features, get_args(BankFeatures))
+        checks.positive("CAMNetwork", "num_classes", num_classes)
+        checks.choice("CAMNetwork", "bank_features", bank_features, get_args(BankFeatures))
         self.backbone = backbone
         self.bank_features: BankFeatures = bank_features
         self.channels = backbone.channels if bank_features == "last" else backbone.penultimate_channels

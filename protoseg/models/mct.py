@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _checks
 from protoseg.models._timm import knowing
 from protoseg.models._weights import fit_weights, read_file
 from protoseg.models.backbones import Backbone, BankFeatures
+from protoseg.utils import checks
 
 __all__ = [
     "Hybrid",
@@ -158,10 +158,10 @@ class Hybrid(nn.Module):
             from timm.models.vision_transformer import Block
         except ImportError as error:
             raise ImportError('Hybrid needs timm; run pip install "protoseg[timm]"') from error
-        _checks.positive("Hybrid", "depth", depth)
-        _checks.positive("Hybrid", "heads", heads)
+        checks.positive("Hybrid", "depth", depth)
+        checks.positive("Hybrid", "heads", heads)
         self.channels = backbone.channels if dim is None else dim
-        _checks.positive("Hybrid", "dim", self.channels)
+        checks.positive("Hybrid", "dim", self.channels)
         if self.channels % heads:
             raise ValueError(f"Hybrid: {self.channels} channels must be a multiple of heads, got {heads}")
 
@@ -254,10 +254,10 @@ class MCTNetwork(nn.Module):
         bank_features: BankFeatures = "last",
     ) -> None:
         super().__init__()
-        _checks.positive("MCTNetwork", "num_classes", num_classes)
-        _checks.positive("MCTNetwork", "attentions", attentions)
-        _checks.choice("MCTNetwork", "fusion", fusion, get_args(Fusion))
-        _checks.choice("MCTNetwork", "bank_features", bank_features, get_args(BankFeatures))
+        checks.positive("MCTNetwork", "num_classes", num_classes)
+        checks.positive("MCTNetwork", "attentions", attentions)
+        checks.choice("MCTNetwork", "fusion", fusion, get_args(Fusion))
+        checks.choice("MCTNetwork", "bank_features", bank_features, get_args(BankFeatures))
         self.channels = backbone.channels
         if bank_features == "penultimate":
             if isinstance(backbone, TimmTransformer):
@@ -331,8 +331,8 @@ def class_token_contrast(tokens: Tensor, labels: Tensor) -> Tensor:
         >>> bool(class_token_contrast(apart, labels) < class_token_contrast(alike, labels))
         True
     """
-    _checks.shape("class_token_contrast", "tokens", tokens, ("blocks", "B", "C", "D"))
-    _checks.shape("class_token_contrast", "labels", labels, tuple(tokens.shape[1:3]))
+    checks.shape("class_token_contrast", "tokens", tokens, ("blocks", "B", "C", "D"))
+    checks.shape("class_token_contrast", "labels", labels, tuple(tokens.shape[1:3]))
     unit = F.normalize(tokens.float(), dim=-1)
     losses = -(unit @ unit.transpose(-2, -1)).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
     present = labels.to(losses.dtype)

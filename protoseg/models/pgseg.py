@@ -13,8 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg._distributed import all_gather, gather_with_gradient, world_size
-from protoseg._numeric import full_precision, unit
 from protoseg.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.models import _published
 from protoseg.models._pickles import read_checkpoint
@@ -22,6 +20,8 @@ from protoseg.models.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
 from protoseg.models.text import TextTokens, TextTransformer, WordBag
 from protoseg.models.zeroshot import ZeroShot, segment
+from protoseg.utils.distributed import all_gather, gather_with_gradient, world_size
+from protoseg.utils.numeric import full_precision, unit
 
 __all__ = ["PRESETS", "PGSeg", "PGSegConfig", "PGSegOutput", "image_text_contrast"]
 

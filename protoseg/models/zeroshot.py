@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import _checks
-from protoseg._numeric import unit
 from protoseg.gmm import LARGEST_SCALE
+from protoseg.utils import checks
+from protoseg.utils.numeric import unit
 
 if TYPE_CHECKING:
     from protoseg.models.grouping import Encoded
@@ -134,9 +134,9 @@ def segment(
         TypeError: ``image`` is not uint8.
         ValueError: Shape, threshold, names or score out of range.
     """
-    _checks.shape("segment", "image", image, (3, "H", "W"))
-    _checks.unit_interval("segment", "background_threshold", background_threshold)
-    _checks.choice("segment", "score", score, get_args(Score))
+    checks.shape("segment", "image", image, (3, "H", "W"))
+    checks.unit_interval("segment", "background_threshold", background_threshold)
+    checks.choice("segment", "score", score, get_args(Score))
     if image.dtype != torch.uint8:
         raise TypeError(f"segment: image must be uint8 in 0..255, got {image.dtype}")
     device = next(model.parameters()).device
