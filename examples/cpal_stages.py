@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoseg import ContextPrototypeBank
-from protoseg.cam import multi_scale, normalize
 from protoseg.data import Sample
-from protoseg.functional import prototype_cam
+from protoseg.functional import max_normalize, multi_scale, prototype_cam
 from protoseg.metrics import ConfusionMatrix
 
 MAPS = ("cam", "instance", "pacam")
@@ -50,7 +49,7 @@ def picture_maps(
     """Those of the three maps ``[C, h, w]`` of one picture that are named, in 0..1, absent classes 0."""
     out = bank(features, cam, labels)
     # As in SIPE: every pixel against the picture's own prototype of the class.
-    instance = normalize(prototype_cam(features, out.instances.unsqueeze(2))) * labels[:, :, None, None]
+    instance = max_normalize(prototype_cam(features, out.instances.unsqueeze(2))) * labels[:, :, None, None]
     maps = {"cam": out.cam[0, 1:], "instance": instance[0], "pacam": out.pacam[0, 1:]}
     return {name: maps[name] for name in names}
 

@@ -51,10 +51,10 @@ from training import train
 from protoseg import ContextPrototypeBank
 from protoseg.data import Sample
 from protoseg.data.voc import load_mask
+from protoseg.functional import load_refiner
 from protoseg.models.backbones import BankFeatures
 from protoseg.models.mct import Fusion
 from protoseg.models.segmentation import build_segmentation_network
-from protoseg.refine import load_refiner
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
 PLAN = Plan(

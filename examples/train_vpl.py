@@ -36,7 +36,7 @@ from vpl_stages import MAPS, Prototypes, build_decoder, decoder_losses, learn, p
 
 from protoseg.clip import FrozenCLIP
 from protoseg.data.scenes import Scenes
-from protoseg.refine import load_refiner
+from protoseg.functional import load_refiner
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate")
 RSC = ("rsc", "rsc_weight", "rsc_temperature", "rsc_suppression")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoseg import RegionalSemanticContrast, VisionPrototypeLearner
-from protoseg.cam import normalize
-from protoseg.clip import BACKGROUND, TEMPLATES, FrozenCLIP, affinity, feature_attention, refine_by_affinity
+from protoseg.clip import BACKGROUND, TEMPLATES, FrozenCLIP
 from protoseg.data import Sample
 from protoseg.data.voc import save_mask
+from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
 
@@ -79,12 +79,12 @@ def picture_maps(
     maps = {}
     for name in ("text", "text_centred", "vision"):
         found = clip.grad_cam(pixels, getattr(prototypes, name), prototypes.background, labels, pooling=args.pooling)
-        maps[name] = normalize(found)
+        maps[name] = max_normalize(found)
     attentions = min(args.attentions, clip.blocks) if clip.attends else 0
     seen = clip.encode(pixels, attentions=attentions, pooling=args.pooling)
     attention = feature_attention(seen.features) if seen.attention is None else seen.attention
-    spread = refine_by_affinity(maps["vision"], affinity(attention), args.box_threshold)
-    maps["vision_affinity"] = normalize(spread)
+    spread = refine_by_affinity(maps["vision"], attention_affinity(attention), args.box_threshold)
+    maps["vision_affinity"] = max_normalize(spread)
     return {name: each[0] for name, each in maps.items()}, seen.features[0]
 
 

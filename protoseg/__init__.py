@@ -3,10 +3,13 @@
 from importlib.metadata import version as _version
 
 from protoseg import functional
-from protoseg.attach import attach
-from protoseg.context import ContextPrototypeBank
-from protoseg.gmm import GMMPrototypeRegularizer
-from protoseg.vision import RegionalSemanticContrast, VisionPrototypeLearner
+from protoseg.modules import (
+    ContextPrototypeBank,
+    GMMPrototypeRegularizer,
+    RegionalSemanticContrast,
+    VisionPrototypeLearner,
+)
+from protoseg.tap import attach
 
 __all__ = [
     "ContextPrototypeBank",

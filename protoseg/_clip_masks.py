@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg._affinity import affinity, feature_attention, refine_by_affinity
-from protoseg.cam import normalize, to_mask
+from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity, to_mask
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
 
@@ -98,9 +97,9 @@ def segment(
         labels = (probability[0, : len(prototypes)] >= presence).to(pixels.dtype)
     checks.shape("segment", "labels", labels, (len(prototypes),), "one number per prototype")
     labels = labels.to(pixels.device)
-    maps = normalize(clip.grad_cam(pixels, prototypes, background, labels[None], pooling=pooling))
+    maps = max_normalize(clip.grad_cam(pixels, prototypes, background, labels[None], pooling=pooling))
     if attentions:
         attention = feature_attention(seen.features) if seen.attention is None else seen.attention
-        maps = normalize(refine_by_affinity(maps, affinity(attention)))
+        maps = max_normalize(refine_by_affinity(maps, attention_affinity(attention)))
     maps = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
     return Segmented(to_mask(maps, labels, threshold).to(torch.uint8), maps, labels)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import _clip_conv, _clip_resnet, _clip_vit
-from protoseg._affinity import affinity, feature_attention, refine_by_affinity
 from protoseg._clip_masks import Segmented, segment
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
@@ -24,9 +23,6 @@ __all__ = [
     "Dense",
     "FrozenCLIP",
     "Segmented",
-    "affinity",
-    "feature_attention",
-    "refine_by_affinity",
     "segment",
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protoseg import ContextPrototypeBank
-from protoseg.context import ContextPrototypes
+from protoseg.modules.context import ContextPrototypes
 
 C, D = 2, 5
 METRICS = ("dot", "cosine", "l1", "l2")

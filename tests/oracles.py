@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.context import ContextPrototypes
 from protoseg.functional import kmeans
+from protoseg.modules.context import ContextPrototypes
 
 
 class LoopBank:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from protoseg import ContextPrototypeBank, attach
-from protoseg.attach import _rank
+from protoseg.tap import _rank
 from tests.stand_ins import AMN, SIPE, AMNFirst, C, D, MCTformer, Transformer, pictures
 
 

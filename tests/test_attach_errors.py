@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg import attach
-from protoseg.attach import Tap
+from protoseg.tap import Tap
 from tests import stand_ins
 from tests.stand_ins import AMN, SIPE, AMNFirst, C, D, pictures
 from tests.test_attach import bank, leftovers

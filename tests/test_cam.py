@@ -10,18 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.cam import multi_scale, normalize, otsu_threshold, quantile_threshold, to_mask, with_background
-from protoseg.functional import max_normalize
+from protoseg.functional import multi_scale, otsu_threshold, quantile_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-def test_normalize_is_the_bank_s() -> None:
-    assert normalize is max_normalize
 
 
 # with_background

@@ -17,7 +17,8 @@ pytest.importorskip("open_clip", reason="the extra clip is not installed")
 import open_clip
 
 from protoseg import _clip_vit
-from protoseg.clip import BACKGROUND, FrozenCLIP, affinity, refine_by_affinity
+from protoseg.clip import BACKGROUND, FrozenCLIP
+from protoseg.functional import attention_affinity, refine_by_affinity
 
 SIZES: dict[str, Any] = {"width": 64, "layers": 3}
 VISION: dict[str, Any] = {"image_size": 32, "patch_size": 8, "head_width": 32, **SIZES}
@@ -305,7 +306,7 @@ def test_affinity_by_hand() -> None:
             matrix = matrix / matrix.sum(1, keepdims=True)
         matrix = (matrix + matrix.T) / 2
         wanted.append(matrix @ matrix)
-    found = affinity(attention)
+    found = attention_affinity(attention)
     torch.testing.assert_close(found, torch.from_numpy(np.stack(wanted)))
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 6, dtype=torch.float64), rtol=0, atol=0.05)
     maps = torch.zeros(2, 1, 2, 3, dtype=torch.float64)

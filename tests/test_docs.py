@@ -73,7 +73,7 @@ def test_docstring_examples(name: str) -> None:
 
 def test_public_modules_have_examples() -> None:
     with_examples = {name for name in MODULES if doctest.DocTestFinder().find(importlib.import_module(name))}
-    assert {"protoseg.context", "protoseg.functional", "protoseg.cam", "protoseg.metrics"} <= with_examples
+    assert {"protoseg.modules.context", "protoseg.functional", "protoseg.metrics"} <= with_examples
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

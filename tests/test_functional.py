@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from protoseg import functional as P
-from protoseg.utils.numeric import unit
+from protoseg.utils.numeric import full_precision, masked_mean, unit
 
 METRICS: tuple[P.Metric, ...] = ("dot", "cosine", "l1", "l2")
 
@@ -34,12 +34,12 @@ def double(*shape: int) -> Tensor:
 class TestPrecision:
     @pytest.mark.parametrize(("given", "inside"), [("float16", "float32"), ("float64", "float64")])
     def test_full_precision(self, given: str, inside: str) -> None:
-        assert P.full_precision(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, inside)
+        assert full_precision(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, inside)
 
     # What each function makes of one [1, 3, 4, 4] tensor.
     FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
         P.max_normalize,
-        lambda x: P.masked_average(x, x > 0)[0],
+        lambda x: P.masked_average_pooling(x, x > 0)[0],
         *(lambda x, metric=metric: P.similarity(x, x, metric) for metric in METRICS),
         *(lambda x, metric=metric: P.metric_scale(x, x[..., 0] > 0, metric) for metric in ("dot", "l1", "l2")),
         lambda x: P.positiveness(x, x > 0),
@@ -48,8 +48,8 @@ class TestPrecision:
         lambda x: P.cosine_map(x, x[:, :, :3, 0]),
         lambda x: P.prototype_cam(x, x[:, :, :, :3]),
         lambda x: P.prototype_shift(x[0], x[0, ..., 0] > 0, -x[0], x[0, ..., 1] > 0),
-        lambda x: P.mean_of(x, x[..., 0] > 0),
-        lambda x: P.judge(x, x[:, :1]),
+        lambda x: masked_mean(x, x[..., 0] > 0),
+        lambda x: P.margin_map(x, x[:, :1]),
         lambda x: P.kmeans(x[0], num_clusters=2).centres,
     )
 
@@ -113,7 +113,7 @@ class TestMaxNormalize:
 class TestMaskedAverage:
     def test_equals_loop(self) -> None:
         features, weights = torch.randn(2, 4, 3, 5), torch.rand(2, 3, 3, 5)
-        average, valid = P.masked_average(features, weights)
+        average, valid = P.masked_average_pooling(features, weights)
         assert valid.all()
         for b in range(2):
             for n in range(3):
@@ -128,15 +128,15 @@ class TestMaskedAverage:
         features = torch.randn(1, 4, 3, 3)
         masks = torch.zeros(1, 2, 3, 3, dtype=torch.bool)
         masks[0, 0, 1, 2] = True
-        average, valid = P.masked_average(features, masks)
+        average, valid = P.masked_average_pooling(features, masks)
         assert valid.tolist() == [[True, False]]
         torch.testing.assert_close(average[0], torch.stack([features[0, :, 1, 2], torch.zeros(4)]))
 
     def test_gradient(self) -> None:
         features, masks = double(2, 3, 2, 3), torch.rand(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-        assert gradcheck(lambda f, m: P.masked_average(f, m)[0], (features, masks))
+        assert gradcheck(lambda f, m: P.masked_average_pooling(f, m)[0], (features, masks))
         empty = torch.zeros(2, 1, 2, 3, dtype=torch.float64)
-        assert not gradient(P.masked_average(features, empty)[0], features).any()
+        assert not gradient(P.masked_average_pooling(features, empty)[0], features).any()
 
 
 class TestSimilarity:
@@ -279,10 +279,10 @@ class TestPrototypeShift:
 class TestJudge:
     def test_hand_case(self) -> None:
         foreground = torch.tensor([0.5, 0.7, 0.9, 0.1]).reshape(1, 4, 1, 1)
-        got = P.judge(foreground, torch.full((1, 1, 1, 1), 0.5), sharpness=2.0)
+        got = P.margin_map(foreground, torch.full((1, 1, 1, 1), 0.5), sharpness=2.0)
         torch.testing.assert_close(got.flatten(), torch.tensor([0.5, 0.9, 1.0, 0.0]))
 
     def test_gradient(self) -> None:
         foreground = torch.rand(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
         background = torch.rand(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-        assert gradcheck(P.judge, (foreground, background))
+        assert gradcheck(P.margin_map, (foreground, background))

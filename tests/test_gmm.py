@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from protoseg import GMMPrototypeRegularizer
 from protoseg.functional import em, match, symmetric_contrast
-from protoseg.gmm import GroupPrototypes
+from protoseg.modules.gmm import GroupPrototypes
 
 D, K, L, B = 6, 4, 11, 3
 

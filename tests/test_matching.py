@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg._matching import own_similarity
-from protoseg.functional import match, symmetric_contrast
+from protoseg.functional import match, own_similarity, symmetric_contrast
 
 
 @pytest.fixture(autouse=True)

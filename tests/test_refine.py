@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg.refine import load_refiner, pixel_adaptive_refine
+from protoseg.functional import load_refiner, pixel_adaptive_refine
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg._statistics import factorize, from_space, measure, to_space
+from protoseg.modules.statistics import factorize, from_space, measure, to_space
 
 D = 4
 SHAPES = {"whitened": (D, D), "diagonal": (D,), "dot": (0,)}

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
-from protoseg import VisionPrototypeLearner, vision
+from protoseg import VisionPrototypeLearner
+from protoseg.modules import vision
 
 N, C, D = 23, 4, 6
 TEMPERATURES = {"text_temperature": 0.2, "vision_temperature": 0.5}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.gmm import GMMPrototypeRegularizer, GroupPrototypes
+from protoseg.modules.gmm import GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils import checks
 
 try:

@@ -13,13 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.models import _published
 from protoseg.models._pickles import read_checkpoint
 from protoseg.models.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
 from protoseg.models.text import TextTokens, TextTransformer, WordBag
 from protoseg.models.zeroshot import ZeroShot, segment
+from protoseg.modules.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils.distributed import all_gather, gather_with_gradient, world_size
 from protoseg.utils.numeric import full_precision, unit
 

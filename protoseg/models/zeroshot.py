@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.gmm import LARGEST_SCALE
+from protoseg.modules.gmm import LARGEST_SCALE
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
 

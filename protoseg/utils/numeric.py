@@ -22,7 +22,7 @@ def unit(value: Tensor, dim: int = -1) -> Tensor:
     return value / torch.where(length > 1e-12, length, torch.ones_like(length))
 
 
-def mean_of(points: Tensor, valid: Tensor) -> Tensor:
+def masked_mean(points: Tensor, valid: Tensor) -> Tensor:
     """Average the valid points.
 
     Args:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from protoseg.utils import checks
 from protoseg.utils.numeric import full_precision, unit
 
-__all__ = ["affinity", "feature_attention", "refine_by_affinity"]
+__all__ = ["attention_affinity", "feature_attention", "refine_by_affinity"]
 
 
-def affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Tensor:
+def attention_affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Tensor:
     r"""Make a symmetric, nearly doubly stochastic affinity of an attention.
 
     Rows and columns are divided by their sums in turn (Sinkhorn), then
@@ -31,11 +30,12 @@ def affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Tensor:
         ValueError: Wrong shape or a number out of range.
 
     Example:
-        >>> affinity(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])).tolist()
+        >>> attention_affinity(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])).tolist()
         [[[0.5, 0.5], [0.5, 0.5]]]
     """
-    checks.shape("affinity", "attention", attention, ("B", "L", attention.shape[-1] if attention.dim() else "L"))
-    checks.positive("affinity", "power", power)
+    length = attention.shape[-1] if attention.dim() else "L"
+    checks.shape("attention_affinity", "attention", attention, ("B", "L", length))
+    checks.positive("attention_affinity", "power", power)
     matrix = full_precision(attention)
     for _ in range(rounds):
         matrix = matrix / matrix.sum(1, keepdim=True).clamp_min(1e-30)
@@ -79,6 +79,8 @@ def refine_by_affinity(maps: Tensor, affinity: Tensor, box_threshold: float = 0.
 
 def _boxes(maps: Tensor, threshold: float) -> Tensor:
     strong = (maps >= threshold * maps.amax((-2, -1), keepdim=True)) & (maps > 0)
+    from scipy import ndimage
+
     boxes = np.zeros(maps.shape, bool)
     for place, each in zip(np.ndindex(*maps.shape[:2]), strong.flatten(0, 1).cpu().numpy(), strict=True):
         labelled, _ = ndimage.label(each, np.ones((3, 3)))
@@ -99,7 +101,7 @@ def feature_attention(features: Tensor, temperature: float = 0.1) -> Tensor:
         temperature: :math:`\tau` above 0.
 
     Returns:
-        ``[B, h w, h w]``, rows of sum 1, for :func:`affinity`.
+        ``[B, h w, h w]``, rows of sum 1, for :func:`attention_affinity`.
 
     Raises:
         ValueError: Wrong shape or a temperature that is not above 0.

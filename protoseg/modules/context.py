@@ -10,27 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg._bank import Memory, refresh, snapshot, update_bank
-from protoseg._statistics import from_space, to_space
-from protoseg.cam import with_background
 from protoseg.functional import (
     Metric,
     cosine_map,
     dot_map,
-    full_precision,
-    judge,
-    masked_average,
+    margin_map,
+    masked_average_pooling,
     max_normalize,
     mean_direction,
     metric_scale,
-    mix,
     positiveness,
     select_top_k,
     similarity,
+    weighted_mean,
+    with_background,
 )
 from protoseg.metrics import RegionContrast
+from protoseg.modules.statistics import from_space, to_space
+from protoseg.modules.support_bank import Memory, refresh, snapshot, update_bank
 from protoseg.utils import checks, distributed
-from protoseg.utils.numeric import unit
+from protoseg.utils.numeric import full_precision, unit
 
 __all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", "Locate", "MapContrast", "Score"]
 
@@ -86,7 +85,7 @@ class _State(NamedTuple):
     shift: Tensor  # [R, D], in the space
     raw_shift: Tensor  # [R, D], among features
     origin: Tensor  # [D], what centring subtracts
-    factor: Tensor  # of the space, see protoseg._statistics
+    factor: Tensor  # of the space, see protoseg.modules.statistics
 
 
 class _Seen(NamedTuple):
@@ -174,7 +173,7 @@ class ContextPrototypeBank(nn.Module):
         centre: Subtract a point in step 3: :math:`\mu`, or for ``"cosine"``, and there only with
             ``background="contexts"``, that half way between the mean class instance and the mean background instance.
         sharpness: :math:`\kappa` above 0, for ``"cosine"``: with a background, :math:`\tilde M_n` is then
-            :math:`\mathrm{clamp}(\kappa (s_n - \beta s_0) + 1/2, 0, 1)`, see :func:`protoseg.functional.judge`.
+            :math:`\mathrm{clamp}(\kappa (s_n - \beta s_0) + 1/2, 0, 1)`, see :func:`protoseg.functional.margin_map`.
         refresh_every: Steps between two clusterings, the first of which is in the first step.
         half_life: Pictures after which a picture counts half in :math:`\mu` and :math:`\Sigma`, above 0; features
             change while a network learns.
@@ -395,7 +394,7 @@ class ContextPrototypeBank(nn.Module):
     def _instances(self, features: Tensor, maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Means ``[B, C+1, D]`` of classes and, last, background, and which of them exist ``[B, C+1]``."""
         empty = maps.amax(1, keepdim=True) < self.background_threshold
-        instances, valid = masked_average(features, torch.cat([maps > self.cam_threshold, empty], 1))
+        instances, valid = masked_average_pooling(features, torch.cat([maps > self.cam_threshold, empty], 1))
         return instances, valid & present.any(1, keepdim=True)
 
     def _snapshot(self, dtype: torch.dtype) -> _State:
@@ -424,7 +423,7 @@ class ContextPrototypeBank(nn.Module):
         kept = torch.cat([kept[:, : self.num_classes], share[:, self.num_classes :]], 1)
 
         seen, known = valid[:, :rows, None], state.exists.any(-1, keepdim=True)
-        average = mean_direction if self.score == "cosine" else mix
+        average = mean_direction if self.score == "cosine" else weighted_mean
         nearest = average(state.contexts, torch.where(seen, kept, state.exists))
         own = unit(instances) if self.score == "cosine" else instances
         directions = torch.cat([torch.where(known, nearest, own[:, :rows]), own[:, rows:]], 1)
@@ -440,7 +439,7 @@ class ContextPrototypeBank(nn.Module):
             return max_normalize(foreground)
         background = self.background_weight * background
         if self.score == "cosine":
-            return judge(foreground, background, self.sharpness)
+            return margin_map(foreground, background, self.sharpness)
         return max_normalize(foreground - background)
 
     def _raise(self, maps: Tensor) -> Tensor:

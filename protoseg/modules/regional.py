@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protoseg.functional import masked_average
+from protoseg.functional import masked_average_pooling
 from protoseg.utils import checks, distributed
 from protoseg.utils.numeric import full_precision, unit
 
-__all__ = ["RegionContrast", "RegionalSemanticContrast"]
+__all__ = ["ContrastedRegions", "RegionalSemanticContrast"]
 
 
-class RegionContrast(NamedTuple):
+class ContrastedRegions(NamedTuple):
     """What :class:`RegionalSemanticContrast` returns.
 
     Attributes:
@@ -61,7 +61,7 @@ class RegionalSemanticContrast(nn.Module):
         - prototypes: ``[C, D]``
         - labels: ``[B, C]``, 1 = the class is in the picture; all are present where not given
         - background: ``[K, D]``, prototypes that no region belongs to
-        - output: :class:`RegionContrast`
+        - output: :class:`ContrastedRegions`
 
     Raises:
         ValueError: Wrong shapes or sizes, labels that are not 0 and 1.
@@ -92,14 +92,14 @@ class RegionalSemanticContrast(nn.Module):
         prototypes: Tensor,
         labels: Tensor | None = None,
         background: Tensor | None = None,
-    ) -> RegionContrast:
+    ) -> ContrastedRegions:
         """Compute the loss. See the class for shapes and errors."""
         self._check(features, masks, prototypes, labels, background)
         with torch.autocast(features.device.type, enabled=False):
             features = full_precision(features)
             masks = masks.to(features.dtype)
             every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
-            regions, _ = masked_average(features, masks)
+            regions, _ = masked_average_pooling(features, masks)
             area = masks.mean((-2, -1))
             known = (area > 0) & (area >= self.least_area)
             similarity = unit(regions) @ unit(every.to(features.dtype)).T
@@ -114,7 +114,7 @@ class RegionalSemanticContrast(nn.Module):
                 others = log_p.masked_fill(_diagonal(similarity), -torch.inf).logsumexp(-1)
             suppression = -_mean(others, absent)
             loss = contrast + self.suppression * suppression
-            return RegionContrast(loss, contrast, suppression, regions, similarity, counted)
+            return ContrastedRegions(loss, contrast, suppression, regions, similarity, counted)
 
     def extra_repr(self) -> str:
         """The options, as in the constructor."""

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg._statistics import factorize, measure, to_space
-from protoseg.functional import kmeans, mean_of, prototype_shift
+from protoseg.functional import kmeans, prototype_shift
+from protoseg.modules.statistics import factorize, measure, to_space
 from protoseg.utils import distributed
+from protoseg.utils.numeric import masked_mean
 
 
 @torch.library.custom_op("protoseg::snapshot", mutates_args=())
@@ -204,8 +205,8 @@ def refresh(memory: Memory, shrinkage: float, num_contexts: int, background_cont
 
     memory.shift.copy_(prototype_shift(contexts, context_valid, points, stored))
     if background_contexts:
-        means, known = mean_of(points, stored), count > 0
-        between = (mean_of(means[:-1], known[:-1]) + means[-1]) / 2
+        means, known = masked_mean(points, stored), count > 0
+        between = (masked_mean(means[:-1], known[:-1]) + means[-1]) / 2
         memory.midpoint.copy_(between * (known[:-1].any() & known[-1]))
 
 
@@ -213,4 +214,4 @@ def _clusters(points: Tensor, stored: Tensor, factor: Tensor, size: int) -> tupl
     """Cluster in the space of ``factor``; the means ``[R, K, D]`` of the clusters' points, and which there are."""
     found = kmeans(to_space(points, factor), stored, num_clusters=size)
     member = torch.nn.functional.one_hot(found.assignment, size).bool() & stored.unsqueeze(-1)
-    return mean_of(points.unsqueeze(1), member.transpose(1, 2)), found.valid
+    return masked_mean(points.unsqueeze(1), member.transpose(1, 2)), found.valid

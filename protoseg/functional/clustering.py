@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import block_size, full_precision, mean_of
+from protoseg.utils.numeric import block_size, full_precision, masked_mean
 
 
 class Clusters(NamedTuple):
@@ -79,7 +79,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
 def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int, room: Tensor) -> Clusters:
     weights = valid.to(points.dtype)
     # Distances cancel badly far from the origin: work around each class's own mean.
-    mean = mean_of(points, valid).unsqueeze(1)
+    mean = masked_mean(points, valid).unsqueeze(1)
     points = torch.sub(points, mean, out=room).mul_(weights.unsqueeze(-1))
     norms = torch.linalg.vector_norm(points, dim=-1).square_()
     centres = _seed(points, norms, weights, num_clusters)

@@ -1,4 +1,4 @@
-"""Prototypes of classes in CLIP's vision space, and regions against them (VPL, arXiv 2412.19650)."""
+"""VisionPrototypeLearner: prototypes of classes in CLIP's vision space (VPL, arXiv 2412.19650)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg._regional import RegionalSemanticContrast, RegionContrast
 from protoseg.utils import checks
 from protoseg.utils.distributed import world_size
 from protoseg.utils.numeric import block_size, full_precision, unit
 
-__all__ = ["Fit", "RegionContrast", "RegionalSemanticContrast", "VisionPrototypeLearner", "VisionPrototypes"]
+__all__ = ["Fit", "VisionPrototypeLearner", "VisionPrototypes"]
 
 
 class VisionPrototypes(NamedTuple):

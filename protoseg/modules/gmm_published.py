@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg._mixture import Mixture
+from protoseg.functional import Mixture
 
 _EPS = 1e-6
 

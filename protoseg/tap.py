@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from protoseg.context import ContextPrototypeBank, ContextPrototypes
+from protoseg.modules.context import ContextPrototypeBank, ContextPrototypes
 from protoseg.utils import checks
 
 __all__ = ["Tap", "attach"]
@@ -38,55 +38,10 @@ class _Forward:
 
 
 class Tap:
-    """Hooks on a network's features and CAM that give a bank's loss and maps in one line; also a context manager.
-
-    The network's code, parameters, ``state_dict`` and modes stay as they are: the tap reads what two layers see while
-    the network runs. Leaving the ``with`` block, or :meth:`Tap.release`, removes the hooks. The bank is not part of the
-    network: move it to the features' device, save and load it yourself; its ``train()`` and ``eval()`` are its own, as
-    some networks' do nothing.
-
-    The last forward pass is kept, with its graph, until the next one, :meth:`Tap.clear` or release. What checkpointing
-    computes again in the backward pass is not taken for another one. With gradient accumulation call
-    :meth:`Tap.loss` once for each forward pass. ``DataParallel`` and ``DistributedDataParallel`` may come before or
-    after; a network to be compiled is attached to before its first call.
-
-    Args:
-        network: Any module; wrappers of data-parallel and compiled networks are looked through.
-        features: Name of the layer, as in ``named_modules()``, whose output is the features; with ``":input"`` behind
-            it, whose first input is. Of a tuple the first tensor is taken.
-        cam: The CAM, before any ``detach``: the name of the layer that computes it, in the same way; the name of a
-            linear layer or 1x1 convolution that sees pooled features, whose weights then give the CAM; or a function
-            of the features ``[B, D, h, w]``. Raw scores, not normalised.
-        bank: A :class:`protoseg.ContextPrototypeBank`; without one the tap only gives ``features`` and ``cam``.
-        channels: The CAM's channel of each class in the order of the labels, such as ``range(1, 21)`` where channel 0
-            is background. By default all channels, as they are.
-        background: Channel of the CAM that scores background, which is then subtracted from the others: what is left
-            is a class's log odds against it, where a softmax over both makes the published map. Needs ``channels``.
-        reshape: For tokens ``[B, L, D]``: how many of them come before a square of patches, or a function to
-            ``[B, D, h, w]``.
-        forwards: Forward passes that make one step (two views, several scales), each of all pictures.
+    """What :func:`attach` returns: hooks on a network, and what they saw of its last forward pass.
 
     Attributes:
         bank: As given.
-
-    Raises:
-        ValueError: There is no such layer (near names are listed), ``channels`` is empty or below 0, ``background``
-            is not a channel beside them, or ``forwards`` is below 1.
-        TypeError: ``cam`` is neither a name nor callable, or a layer's output holds no tensor.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> network = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
-        ... )
-        >>> bank = ContextPrototypeBank(num_classes=4, dim=8)
-        >>> labels = torch.eye(4)
-        >>> with attach(network, features="1", cam="4", bank=bank) as tap:
-        ...     logits = network(torch.rand(4, 3, 16, 16))
-        ...     loss = F.multilabel_soft_margin_loss(logits, labels) + tap.loss(labels)
-        ...     loss.backward()
-        >>> bank.count.sum().item() > 0
-        True
     """
 
     def __init__(
@@ -333,7 +288,77 @@ class Tap:
         return self.bank
 
 
-attach = Tap  # which reads as what it does
+def attach(
+    network: nn.Module,
+    *,
+    features: str,
+    cam: str | Callable[[Tensor], Tensor] | None = None,
+    bank: ContextPrototypeBank | None = None,
+    channels: Sequence[int] | None = None,
+    background: int | None = None,
+    reshape: Callable[[Tensor], Tensor] | int | None = None,
+    forwards: int = 1,
+) -> Tap:
+    """Hook a network's features and CAM, so that a bank's loss and maps take one line; also a context manager.
+
+    The network's code, parameters, ``state_dict`` and modes stay as they are: the tap reads what two layers see while
+    the network runs. Leaving the ``with`` block, or :meth:`Tap.release`, removes the hooks. The bank is not part of the
+    network: move it to the features' device, save and load it yourself; its ``train()`` and ``eval()`` are its own, as
+    some networks' do nothing.
+
+    The last forward pass is kept, with its graph, until the next one, :meth:`Tap.clear` or release. What checkpointing
+    computes again in the backward pass is not taken for another one. With gradient accumulation call
+    :meth:`Tap.loss` once for each forward pass. ``DataParallel`` and ``DistributedDataParallel`` may come before or
+    after; a network to be compiled is attached to before its first call.
+
+    Args:
+        network: Any module; wrappers of data-parallel and compiled networks are looked through.
+        features: Name of the layer, as in ``named_modules()``, whose output is the features; with ``":input"`` behind
+            it, whose first input is. Of a tuple the first tensor is taken.
+        cam: The CAM, before any ``detach``: the name of the layer that computes it, in the same way; the name of a
+            linear layer or 1x1 convolution that sees pooled features, whose weights then give the CAM; or a function
+            of the features ``[B, D, h, w]``. Raw scores, not normalised.
+        bank: A :class:`protoseg.ContextPrototypeBank`; without one the tap only gives ``features`` and ``cam``.
+        channels: The CAM's channel of each class in the order of the labels, such as ``range(1, 21)`` where channel 0
+            is background. By default all channels, as they are.
+        background: Channel of the CAM that scores background, which is then subtracted from the others: what is left
+            is a class's log odds against it, where a softmax over both makes the published map. Needs ``channels``.
+        reshape: For tokens ``[B, L, D]``: how many of them come before a square of patches, or a function to
+            ``[B, D, h, w]``.
+        forwards: Forward passes that make one step (two views, several scales), each of all pictures.
+
+    Returns:
+        A :class:`Tap`, whose :meth:`Tap.loss` and :meth:`Tap.pacam` take the pictures' labels.
+
+    Raises:
+        ValueError: There is no such layer (near names are listed), ``channels`` is empty or below 0, ``background``
+            is not a channel beside them, or ``forwards`` is below 1.
+        TypeError: ``cam`` is neither a name nor callable, or a layer's output holds no tensor.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> network = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        ... )
+        >>> bank = ContextPrototypeBank(num_classes=4, dim=8)
+        >>> labels = torch.eye(4)
+        >>> with attach(network, features="1", cam="4", bank=bank) as tap:
+        ...     logits = network(torch.rand(4, 3, 16, 16))
+        ...     loss = F.multilabel_soft_margin_loss(logits, labels) + tap.loss(labels)
+        ...     loss.backward()
+        >>> bank.count.sum().item() > 0
+        True
+    """
+    return Tap(
+        network,
+        features=features,
+        cam=cam,
+        bank=bank,
+        channels=channels,
+        background=background,
+        reshape=reshape,
+        forwards=forwards,
+    )
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:

@@ -1,9 +1,4 @@
-"""The mathematics of the modules as pure functions of tensors.
-
-Axes: ``B`` images, ``C`` classes, ``K`` prototypes, ``D`` channels, ``H W``. Leading axes written ``...`` broadcast.
-Every function computes in float32 whatever the input's dtype (float64 stays float64) and whatever autocast says;
-the modules cast back.
-"""
+"""Prototypes: means of regions, how alike two are, and the maps that they make."""
 
 from __future__ import annotations
 
@@ -12,68 +7,29 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from protoseg._kmeans import Clusters, kmeans
-from protoseg._matching import Matching, match, symmetric_contrast
-from protoseg._mixture import Kernel, Mixture, em
 from protoseg.utils import checks
-from protoseg.utils.numeric import full_precision, mean_of, pixel_length, unit
+from protoseg.utils.numeric import full_precision, masked_mean, pixel_length, unit
 
 __all__ = [
-    "Clusters",
-    "Kernel",
-    "Matching",
     "Metric",
-    "Mixture",
     "cosine_map",
     "dot_map",
-    "em",
-    "full_precision",
-    "judge",
-    "kmeans",
-    "masked_average",
-    "match",
-    "max_normalize",
+    "masked_average_pooling",
     "mean_direction",
-    "mean_of",
     "metric_scale",
-    "mix",
     "positiveness",
     "prototype_cam",
     "prototype_shift",
     "select_top_k",
     "similarity",
-    "symmetric_contrast",
+    "weighted_mean",
 ]
 
 Metric = Literal["dot", "cosine", "l1", "l2"]
 _EPS = 1e-8
 
 
-def max_normalize(cam: Tensor) -> Tensor:
-    r"""Clip a class activation map at 0 and divide each channel by its own maximum.
-
-    .. math:: M(j) = \frac{\mathrm{ReLU}(m(j))}{\max_{j'} \mathrm{ReLU}(m(j'))}
-
-    The maximum counts as a constant in the gradient, so that a loss on maps cannot be met by lowering their own peak.
-    One fine-tuning run on MSRC-15 gave a CAM of 0.436 (train) and 0.397 (val) this way and 0.431 and 0.392 the other.
-
-    Args:
-        cam: ``[..., H, W]`` raw scores.
-
-    Returns:
-        ``[..., H, W]`` in ``[0, 1]``. A channel without a positive score is all zero, and so is its gradient.
-
-    Example:
-        >>> max_normalize(torch.tensor([[[-1.0, 2.0, 4.0]]])).tolist()
-        [[[0.0, 0.5, 1.0]]]
-    """
-    cam = full_precision(cam).relu()
-    # With a gradient, the cheapest way to match a broad target would be to lower the peak, against the classifier.
-    peak = cam.detach().amax(dim=(-2, -1), keepdim=True)
-    return cam / torch.where(peak > _EPS, peak, torch.ones_like(peak))
-
-
-def masked_average(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def masked_average_pooling(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     r"""Average the features under each mask: the prototype of a region.
 
     .. math:: a_n = \frac{\sum_j w_n(j) F(j)}{\sum_j w_n(j)}
@@ -87,7 +43,7 @@ def masked_average(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> features = torch.arange(4.0).reshape(1, 1, 2, 2)
-        >>> average, valid = masked_average(features, features[:, :1] > 1)
+        >>> average, valid = masked_average_pooling(features, features[:, :1] > 1)
         >>> average.item(), valid.item()
         (2.5, True)
     """
@@ -218,10 +174,10 @@ def mean_direction(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     with torch.autocast(prototypes.device.type, enabled=False):
         prototypes = unit(full_precision(prototypes))
-        return prototypes.mean(-2) if weights is None else mix(prototypes, weights)
+        return prototypes.mean(-2) if weights is None else weighted_mean(prototypes, weights)
 
 
-def mix(prototypes: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(prototypes: Tensor, weights: Tensor) -> Tensor:
     r"""Average prototypes by weight, :math:`\sum_i w_i p_i / \sum_i w_i`.
 
     Args:
@@ -232,7 +188,7 @@ def mix(prototypes: Tensor, weights: Tensor) -> Tensor:
         ``[..., D]``; 0 where all weights are 0.
 
     Example:
-        >>> mix(torch.tensor([[0.0, 4.0], [8.0, 0.0]]), torch.tensor([3.0, 1.0])).tolist()
+        >>> weighted_mean(torch.tensor([[0.0, 4.0], [8.0, 0.0]]), torch.tensor([3.0, 1.0])).tolist()
         [2.0, 3.0]
     """
     with torch.autocast(prototypes.device.type, enabled=False):
@@ -318,22 +274,4 @@ def prototype_shift(contexts: Tensor, valid: Tensor, instances: Tensor, stored: 
         ``[C, D]``; 0 for a class without contexts or without instances.
     """
     both = (valid.any(-1) & stored.any(-1)).unsqueeze(-1)
-    return (mean_of(contexts, valid) - mean_of(instances, stored)) * both
-
-
-def judge(foreground: Tensor, background: Tensor, sharpness: float = 3.0) -> Tensor:
-    r"""Judge a foreground score against the background's, on a scale where 1/2 is undecided.
-
-    .. math:: \tilde M_c(j) = \mathrm{clamp}\bigl(\kappa\,(s_c(j) - s_0(j)) + \tfrac12,\ 0,\ 1\bigr)
-
-    Not in the CPAL paper, which compares a cosine with a constant.
-
-    Args:
-        foreground: ``[B, C, H, W]`` scores.
-        background: ``[B, 1, H, W]`` scores of the background.
-        sharpness: :math:`\kappa` above 0.
-
-    Returns:
-        ``[B, C, H, W]`` in ``[0, 1]``.
-    """
-    return (sharpness * (full_precision(foreground) - full_precision(background)) + 0.5).clamp(0.0, 1.0)
+    return (masked_mean(contexts, valid) - masked_mean(instances, stored)) * both

@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from protoseg import _published
-from protoseg._matching import Matching, match, own_similarity, symmetric_contrast
-from protoseg._mixture import Kernel, Mixture, em
+from protoseg.functional import Kernel, Matching, Mixture, em, match, own_similarity, symmetric_contrast
+from protoseg.modules import gmm_published
 from protoseg.utils import checks, distributed
 from protoseg.utils.numeric import full_precision, unit
 
@@ -213,7 +212,7 @@ class GMMPrototypeRegularizer(nn.Module):
             similarity = unit(groups) @ directions.transpose(1, 2)
             matched = match(-similarity)
             own = own_similarity(similarity, matched)
-            loss, accepted = _published.contrast(similarity, matched, scale, self.reject_threshold)
+            loss, accepted = gmm_published.contrast(similarity, matched, scale, self.reject_threshold)
         if self.training and (self.compat is None or self.dim == 1):
             self._move(prototypes, known)
         pairs = ((matched >= 0) & known.unsqueeze(1)).sum().clamp_min(1)
@@ -233,7 +232,7 @@ class GMMPrototypeRegularizer(nn.Module):
         """Find the prototypes of tokens ``[B, L, D]``, without matching and without changing anything."""
         start = self.mu.to(tokens.dtype)
         if self.compat is not None:
-            return _published.em(tokens, start, self.iterations)
+            return gmm_published.em(tokens, start, self.iterations)
         if self.estimator == "random":
             return _random_tokens(tokens, mask, start)
         if mask is not None:
