@@ -16,8 +16,8 @@ pytest.importorskip("open_clip", reason="the extra clip is not installed")
 
 import open_clip
 
-from protoseg import _clip_vit
 from protoseg.clip import BACKGROUND, FrozenCLIP
+from protoseg.clip.towers import TransformerTower, position
 from protoseg.functional import attention_affinity, refine_by_affinity
 
 SIZES: dict[str, Any] = {"width": 64, "layers": 3}
@@ -59,13 +59,13 @@ def test_another_size_interpolates_the_position(clip: FrozenCLIP) -> None:
     features = clip.encode(torch.randn(1, 3, 48, 24)).features
     assert features.shape == (1, 32, 6, 3)
     known = clip.visual.positional_embedding
-    assert torch.equal(_clip_vit.position(known, (4, 4), (4, 4)), known)
-    wide = _clip_vit.position(known, (4, 4), (8, 8))
+    assert torch.equal(position(known, (4, 4), (4, 4)), known)
+    wide = position(known, (4, 4), (8, 8))
     assert torch.equal(wide[0], known[0])
     torch.testing.assert_close(wide[1:].mean(0), known[1:].mean(0), rtol=0, atol=0.02)
     # Of a position that rises along x, the interpolation rises along x.
     slope = torch.cat([torch.zeros(1), torch.arange(4.0).repeat(4)])
-    rising = _clip_vit.position(slope[:, None], (4, 4), (4, 8))[1:, 0].reshape(4, 8)
+    rising = position(slope[:, None], (4, 4), (4, 8))[1:, 0].reshape(4, 8)
     assert (rising.diff(dim=1) > 0).all()
     assert torch.allclose(rising, rising[:1].expand(4, -1))
 
@@ -114,7 +114,7 @@ class Scores(nn.Module):
         self.visual, self.prototypes, self.pooling, self.scale = clip.visual, prototypes, pooling, 1 / clip.temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.visual.ln_post(_clip_vit.run(self.visual, images)) @ self.visual.proj
+        tokens = self.visual.ln_post(TransformerTower(self.visual).run(images)) @ self.visual.proj
         whole = tokens[:, 1:].mean(1) if self.pooling == "patches" else tokens[:, 0]
         return (self.scale * nn.functional.normalize(whole, dim=-1) @ self.prototypes.T).softmax(-1)
 
@@ -206,8 +206,9 @@ def test_nothing_is_left_on_the_model(clip: FrozenCLIP) -> None:
     assert hooks(clip.model) == 0
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in clip.parameters())
     assert not clip.train().training
-    with _clip_vit.watch(clip.visual, leaf=True) as watched:
-        _clip_vit.run(clip.visual, images)
+    tower = TransformerTower(clip.visual)
+    with tower.watch(leaf=True) as watched:
+        tower.run(images)
     gone = weakref.ref(watched)
     del watched
     gc.collect()

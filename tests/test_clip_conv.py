@@ -14,7 +14,8 @@ pytest.importorskip("timm", reason="the extra timm is not installed")
 
 import open_clip
 
-from protoseg.clip import FrozenCLIP, feature_attention, segment
+from protoseg.clip import FrozenCLIP, segment
+from protoseg.functional import feature_attention
 
 VISION: dict[str, Any] = {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
 TEXT: dict[str, Any] = {"context_length": 20, "width": 64, "heads": 2, "layers": 1}

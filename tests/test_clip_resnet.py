@@ -16,8 +16,8 @@ pytest.importorskip("open_clip", reason="the extra clip is not installed")
 import open_clip
 from open_clip.model import convert_weights_to_lp
 
-from protoseg import _clip_resnet
 from protoseg.clip import BACKGROUND, FrozenCLIP
+from protoseg.clip.towers import ResNetTower
 
 VISION: dict[str, Any] = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 32, "image_size": 64}
 TEXT: dict[str, Any] = {"context_length": 20, "width": 64, "heads": 2, "layers": 1}
@@ -97,7 +97,7 @@ class Scores(nn.Module):
             whole = self.visual(images)
         else:
             pool = self.visual.attnpool
-            last = _clip_resnet.run(self.visual, images).flatten(2).transpose(1, 2)
+            last = ResNetTower(self.visual).run(images).flatten(2).transpose(1, 2)
             whole = pool.c_proj(pool.v_proj(last)).mean(1)
         return (self.scale * nn.functional.normalize(whole, dim=-1) @ self.prototypes.T).softmax(-1)
 

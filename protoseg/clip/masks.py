@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoseg.clip.model import FrozenCLIP, Pooling
 from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity, to_mask
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
-
-if TYPE_CHECKING:
-    from protoseg.clip import FrozenCLIP, Pooling
 
 __all__ = ["Segmented", "segment"]
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import _clip_conv, _clip_resnet, _clip_vit
-from protoseg._clip_masks import Segmented, segment
+from protoseg.clip.towers import Grid, tower_of
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
 
-__all__ = [
-    "BACKGROUND",
-    "TEMPLATES",
-    "Dense",
-    "FrozenCLIP",
-    "Segmented",
-    "segment",
-]
+__all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "Pooling"]
 
 Pooling = Literal["patches", "token"]
 # Sentences that a class's name is put into; the first is that of CLIP-ES.
@@ -94,7 +85,7 @@ class FrozenCLIP(nn.Module):
         super().__init__()
         self.model: Any = model.eval().requires_grad_(False)
         self.visual: Any = self.model.visual
-        _tower(self.visual)  # refuses what it does not know
+        self._tower = tower_of(self.visual)
         self.tokenizer, self.mean, self.std = tokenizer, tuple(mean), tuple(std)
         self._texts: dict[str, Tensor] = {}
 
@@ -142,12 +133,12 @@ class FrozenCLIP(nn.Module):
     @property
     def blocks(self) -> int:
         """How many blocks, or stages of a convolutional network, :meth:`encode` knows."""
-        return len(_tower(self.visual).blocks(self.visual))
+        return len(self._tower.blocks)
 
     @property
     def attends(self) -> bool:
         """Whether patches attend to each other, as those of a vision transformer do."""
-        return _tower(self.visual) is _clip_vit
+        return self._tower.attends
 
     @property
     def _weight(self) -> Tensor:
@@ -176,7 +167,7 @@ class FrozenCLIP(nn.Module):
         if image.dtype != torch.uint8:
             raise TypeError(f"FrozenCLIP.prepare: image must be uint8 in 0..255, got {image.dtype}")
         weight = self._weight
-        patch = _tower(self.visual).patch(self.visual)
+        patch = self._tower.patch
         scale = (short_side or min(image.shape[-2:])) / min(image.shape[-2:])
         sides = [round(side * scale / patch) * patch for side in image.shape[-2:]]
         if min(sides) < patch:
@@ -239,18 +230,18 @@ class FrozenCLIP(nn.Module):
         Raises:
             ValueError: Wrong shape, sides that are no multiples of the patch, or an option out of range.
         """
-        tower, grid = self._check("FrozenCLIP.encode", images, pooling)
-        count = len(tower.blocks(self.visual))
+        grid = self._check("FrozenCLIP.encode", images, pooling)
+        count = self.blocks
         if wrong := [each for each in layers if not -count <= each < count]:
             raise ValueError(
                 f"FrozenCLIP.encode: layers must lie between {-count} and {count - 1}, as the model has {count}, got "
                 f"{wrong[0]}"
             )
         numbers = [each % count for each in layers]
-        with tower.watch(self.visual, attentions=attentions, layers=numbers) as watched:
+        with self._tower.watch(attentions=attentions, layers=numbers) as watched:
             features, whole = self._embed(images, grid, pooling)
         attention = None if watched.attention is None else watched.attention[:, 1:, 1:]
-        kept = tuple(tower.spatial(watched.layers[number].float(), grid) for number in numbers)
+        kept = tuple(self._tower.spatial(watched.layers[number].float(), grid) for number in numbers)
         return Dense(features, whole, attention, kept)
 
     def grad_cam(
@@ -291,8 +282,8 @@ class FrozenCLIP(nn.Module):
             ValueError: Wrong shapes, sides that are no multiples of the patch.
         """
         me = "FrozenCLIP.grad_cam"
-        tower, grid = self._check(me, images, pooling)
-        width = tower.width(self.visual)
+        tower = self._tower
+        grid, width = self._check(me, images, pooling), tower.width
         checks.shape(me, "prototypes", prototypes, ("C", width))
         every = prototypes.detach()
         if background is not None:
@@ -303,7 +294,7 @@ class FrozenCLIP(nn.Module):
             checks.shape(me, "labels", labels, present.shape, "one row per picture")
             checks.multi_hot(me, "labels", labels)
             present = (labels != 0).to(images.device)
-        with torch.enable_grad(), tower.watch(self.visual, leaf=True) as watched:
+        with torch.enable_grad(), tower.watch(leaf=True) as watched:
             _, whole = self._embed(images.detach(), grid, pooling)
             logits = whole @ unit(every.to(whole)).T / self.temperature
         leaf = watched.leaf
@@ -323,12 +314,12 @@ class FrozenCLIP(nn.Module):
             maps[rows, classes] = torch.einsum("bdhw,bd->bhw", found, weights).relu()
         return maps.masked_fill_(~present[:, :, None, None], 0)
 
-    def _embed(self, images: Tensor, grid: _clip_vit.Grid, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    def _embed(self, images: Tensor, grid: Grid, pooling: Pooling) -> tuple[Tensor, Tensor]:
         """Features of the patches ``[B, E, h, w]``, and unit ones of the whole pictures ``[B, E]``, in float32."""
-        tower = _tower(self.visual)
-        last = tower.run(self.visual, images.to(self._weight.dtype))
-        features = tower.spatial(tower.project(self.visual, last), grid).float()
-        whole = features.mean((-2, -1)) if pooling == "patches" else tower.pooled(self.visual, last).float()
+        tower = self._tower
+        last = tower.run(images.to(self._weight.dtype))
+        features = tower.spatial(tower.project(last), grid).float()
+        whole = features.mean((-2, -1)) if pooling == "patches" else tower.pooled(last).float()
         return features, unit(whole)
 
     def _encode_texts(self, texts: Sequence[str]) -> None:
@@ -347,45 +338,17 @@ class FrozenCLIP(nn.Module):
             found = unit(self.model.encode_text(self.tokenizer(part).to(device)).float())
             self._texts.update(zip(part, found, strict=True))
 
-    def _check(self, me: str, images: Tensor, pooling: str) -> tuple[_Tower, _clip_vit.Grid]:
-        """How to treat the network, and the patches of a picture's sides."""
+    def _check(self, me: str, images: Tensor, pooling: str) -> Grid:
+        """The patches of the pictures' sides."""
         checks.shape(me, "images", images, ("B", 3, "H", "W"))
         checks.choice(me, "pooling", pooling, get_args(Pooling))
-        tower, (height, width) = _tower(self.visual), images.shape[-2:]
-        patch = tower.patch(self.visual)
+        (height, width), patch = images.shape[-2:], self._tower.patch
         if min(height, width) < patch or height % patch or width % patch:
             raise ValueError(
                 f"{me}: the sides of images must be multiples of the patch's {patch} pixels, got "
                 f"{(height, width)}; prepare(image) sees to it"
             )
-        return tower, (height // patch, width // patch)
-
-
-class _Tower(Protocol):
-    """What :mod:`protoseg._clip_vit` and :mod:`protoseg._clip_resnet` know of a kind of network; described there."""
-
-    def knows(self, visual: Any) -> bool: ...
-    def patch(self, visual: Any) -> int: ...
-    def width(self, visual: Any) -> int: ...
-    def blocks(self, visual: Any) -> list[nn.Module]: ...
-    def run(self, visual: Any, images: Tensor) -> Tensor: ...
-    def spatial(self, caught: Tensor, grid: _clip_vit.Grid, /) -> Tensor: ...
-    def project(self, visual: Any, last: Tensor, /) -> Tensor: ...
-    def pooled(self, visual: Any, last: Tensor, /) -> Tensor: ...
-    def watch(
-        self, visual: Any, *, leaf: bool = ..., attentions: int = ..., layers: Sequence[int] = ...
-    ) -> AbstractContextManager[_clip_vit.Watched]: ...
-
-
-def _tower(visual: Any) -> _Tower:
-    towers: tuple[_Tower, ...] = (_clip_vit, _clip_resnet, _clip_conv)
-    for tower in towers:
-        if tower.knows(visual):
-            return tower
-    raise ValueError(
-        "FrozenCLIP: only open_clip's vision transformers, ResNets and ConvNeXts are known, such as ViT-B-16, RN50 and "
-        f"convnext_base; this network is a {type(visual).__name__}"
-    )
+        return height // patch, width // patch
 
 
 def _near(name: str, names: Sequence[str]) -> str:
