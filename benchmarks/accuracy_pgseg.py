@@ -68,7 +68,7 @@ def train(job: tuple[Path, list[str]]) -> None:
     import torch
     import train_pgseg
 
-    from protoseg.data.pairs import ScenePairs
+    from protoseg.data import ScenePairs
 
     folder, flags = job
     torch.set_num_threads(1)

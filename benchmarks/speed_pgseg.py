@@ -139,7 +139,7 @@ def measure_step(sizes: Sizes, quick: bool, device: torch.device) -> dict[str, A
     """The share of both stages' regularisers in a training step of the network."""
     import dataclasses
 
-    from protoseg.models.grouping import PRESETS, GroupingEncoder
+    from protoseg.models.pgseg.grouping import PRESETS, GroupingEncoder
 
     config = PRESETS["vit-s"]
     if quick:

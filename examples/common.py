@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from protoseg.data import Sample, UnreadableFileError
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder
+from protoseg.data import Sample, Scenes, UnreadableFileError, VOCFolder
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoseg.models.amn import AMNNetwork, AMNOutput, activation_loss
 from protoseg.models.backbones import Backbone, load_weights
-from protoseg.models.heads import CAMNetwork, CAMOutput, build_cam_network
+from protoseg.models.cam import CAMNetwork, CAMOutput, build_cam_network
 from protoseg.models.mct import (
     Hybrid,
     MCTNetwork,

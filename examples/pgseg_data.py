@@ -12,9 +12,7 @@ from common import normalise, resize, seeded
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from protoseg.data.pairs import CsvPairs, Pair, ScenePairs, ShardPairs
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder
+from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
 
 View = tuple[Tensor, str]
 

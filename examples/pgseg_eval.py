@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from protoseg.data import Sample
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep, prototype_diagnostics
-from protoseg.models.grouping import StageOutput
-from protoseg.models.pgseg import PGSeg
-from protoseg.models.zeroshot import Score, group_maps, normalised, segment
+from protoseg.models.pgseg.grouping import StageOutput
+from protoseg.models.pgseg.network import PGSeg
+from protoseg.models.pgseg.zeroshot import Score, group_maps, normalised, segment
 from protoseg.report import Picture
 
 

@@ -18,8 +18,7 @@ from common import Pictures, replacing
 from torch import Tensor
 from tqdm import tqdm
 
-from protoseg.data import Sample
-from protoseg.data.voc import load_mask, save_mask
+from protoseg.data import Sample, load_mask, save_mask
 from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.report import Picture, write_report

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoseg.clip import FrozenCLIP
-from protoseg.data.pairs import ScenePairs
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder
+from protoseg.data import ScenePairs, Scenes, VOCFolder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalises by
 CONTEXT = 32  # most tokens of a caption

@@ -49,8 +49,7 @@ from torch import Tensor, nn
 from training import train
 
 from protoseg import ContextPrototypeBank
-from protoseg.data import Sample
-from protoseg.data.voc import load_mask
+from protoseg.data import Sample, load_mask
 from protoseg.functional import load_refiner
 from protoseg.models.backbones import BankFeatures
 from protoseg.models.mct import Fusion

@@ -44,10 +44,10 @@ from pgseg_eval import Setting, diagnose, groups, panels, zero_shot
 from pseudo_masks import trivial
 from tqdm import tqdm
 
-from protoseg.data.pairs import Broken
-from protoseg.models.pgseg import PRESETS as NETWORKS
-from protoseg.models.pgseg import PGSeg, PGSegConfig
-from protoseg.models.text import vocabulary
+from protoseg.data import Broken
+from protoseg.models.pgseg.network import PRESETS as NETWORKS
+from protoseg.models.pgseg.network import PGSeg, PGSegConfig
+from protoseg.models.pgseg.text import vocabulary
 from protoseg.report import Picture, write_report
 
 # "vit-s" has the sizes, rates, epochs and smallest crop of the published configuration, not its other augmentation.

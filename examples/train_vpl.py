@@ -35,7 +35,7 @@ from training import train
 from vpl_stages import MAPS, Prototypes, build_decoder, decoder_losses, learn, picture_maps, score_decoder, texts
 
 from protoseg.clip import FrozenCLIP
-from protoseg.data.scenes import Scenes
+from protoseg.data import Scenes
 from protoseg.functional import load_refiner
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate")

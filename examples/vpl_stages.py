@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from protoseg import RegionalSemanticContrast, VisionPrototypeLearner
 from protoseg.clip import BACKGROUND, TEMPLATES, FrozenCLIP
-from protoseg.data import Sample
-from protoseg.data.voc import save_mask
+from protoseg.data import Sample, save_mask
 from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protoseg.data.voc import voc_palette
+from protoseg.data import voc_palette
 from protoseg.utils import checks
 
 # "inferno" of matplotlib at nine even steps: lightness rises evenly with the score, so equal steps look equal

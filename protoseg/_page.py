@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from protoseg.utils.extras import require
+from protoseg.utils.files import replacing
 
 DASH = "\N{EN DASH}"
 _LONGEST_SIDE = 400  # pixels of a picture in the file; it is shown at about half of that
@@ -137,12 +139,8 @@ def document(title: str, body: str) -> str:
 def write(path: Path, text: str) -> None:
     """Put ``text`` at ``path`` in one step, so that no reader sees half a file and no crash leaves one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def number(value: Any) -> float | None:
@@ -211,14 +209,12 @@ def plot(lines: Sequence[Line], marks: Sequence[Mark], *, label: str, x_label: s
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError('write_report: plots need matplotlib; pip install "protoseg[examples]"') from error
+    matplotlib = require("matplotlib", "write_report", "examples")
+    Figure = require("matplotlib.figure", "write_report", "examples").Figure
+    MaxNLocator = require("matplotlib.ticker", "write_report", "examples").MaxNLocator
+
     # A Figure of its own, not pyplot: no window system, no global state of the caller is touched.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "protoseg", "font.size": 9}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "protoseg", "font.size": 9}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
@@ -256,10 +252,7 @@ def data_uri(image: Tensor) -> str:
     Raises:
         ImportError: PIL is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('write_report: pictures need pillow; pip install "protoseg[examples]"') from error
+    Image = require("PIL.Image", "write_report", "examples")
     picture = Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

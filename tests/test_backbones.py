@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from protoseg.models.backbones import SmallResNet, TimmBackbone, load_weights
-from protoseg.models.heads import CAMNetwork
+from protoseg.models.cam import CAMNetwork
 
 timm = pytest.importorskip("timm", reason="the extra timm is not installed")
 

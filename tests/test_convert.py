@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoseg.data import convert
+from protoseg.data import VOC_CLASSES, convert
 from protoseg.data.convert import read_label_file
-from protoseg.data.voc import VOC_CLASSES
 
 TAGS = {
     "2007_000032": np.eye(20, dtype=np.float32)[0] + np.eye(20, dtype=np.float32)[14],

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 import protoseg
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import load_mask
+from protoseg.data import Scenes, load_mask
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import voc_palette
+from protoseg.data import Scenes, voc_palette
 from protoseg.models.backbones import SmallResNet
-from protoseg.models.heads import CAMNetwork
+from protoseg.models.cam import CAMNetwork
 from tests.trainer import (
     SCENES,
     SCRIPT,

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoseg.data import UnreadableFileError
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import VOCFolder, save_mask
+from protoseg.data import Scenes, UnreadableFileError, VOCFolder, save_mask
 from tests.trainer import TINY, assert_maps, common, findings, main, masks, miou, read
 
 MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"

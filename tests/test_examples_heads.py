@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg.data.scenes import Scenes
+from protoseg.data import Scenes
 from protoseg.models.backbones import TimmBackbone
-from protoseg.models.heads import CAMNetwork
+from protoseg.models.cam import CAMNetwork
 from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run, train_cpal
 
 AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]

@@ -17,9 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from protoseg.data.pairs import ScenePairs, write_shards
-from protoseg.data.scenes import Scenes
-from protoseg.models.pgseg import PGSegConfig
+from protoseg.data import ScenePairs, Scenes, write_shards
+from protoseg.models.pgseg.network import PGSegConfig
 from tests.trainer import SETTINGS, assert_equal, common, findings
 
 import train_pgseg  # isort: skip

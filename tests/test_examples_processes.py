@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoseg.data.scenes import Scenes
+from protoseg.data import Scenes
 from tests.trainer import SCENES, SCRIPT, SETTINGS, assert_equal, checkpoint, masks, miou, read, run, train_cpal
 
 WATCH = """

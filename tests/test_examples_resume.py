@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from protoseg.data.scenes import Scenes
+from protoseg.data import Scenes
 from tests.trainer import (
     SCENES,
     SCRIPT,

@@ -18,8 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protoseg.data.scenes import Scenes
-from protoseg.data.voc import save_mask
+from protoseg.data import Scenes, save_mask
 from tests.trainer import SETTINGS, assert_equal, common, findings, masks, miou, read
 
 pytest.importorskip("open_clip", reason="the extra clip is not installed")

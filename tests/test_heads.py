@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from protoseg import ContextPrototypeBank
 from protoseg.models.backbones import SmallResNet, TimmBackbone
-from protoseg.models.heads import CAMNetwork, build_cam_network
+from protoseg.models.cam import CAMNetwork, build_cam_network
 
 pytest.importorskip("timm", reason="the extra timm is not installed")
 

@@ -17,9 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from protoseg.data import UnreadableFileError
-from protoseg.data.pairs import Broken, Pair, ScenePairs, ShardPairs, write_shards
-from protoseg.data.scenes import Scenes
+from protoseg.data import Broken, Pair, ScenePairs, Scenes, ShardPairs, UnreadableFileError, write_shards
 
 needs_webdataset = pytest.mark.skipif(
     importlib.util.find_spec("webdataset") is None, reason="the extra pairs is not installed"
@@ -334,7 +332,7 @@ def test_a_resampled_stream_of_nothing_ends(tmp_path: Path) -> None:
 
 def test_without_webdataset_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ImportError, match=r'reading shards needs webdataset: pip install "protoseg\[pairs\]"'):
+    with pytest.raises(ImportError, match=r'reading shards needs webdataset; run pip install "protoseg\[pairs\]"'):
         ShardPairs("a.tar")
 
 

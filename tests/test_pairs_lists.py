@@ -9,9 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from protoseg.data import UnreadableFileError
-from protoseg.data.pairs import Broken, CsvPairs, ScenePairs
-from protoseg.data.scenes import Scenes
+from protoseg.data import Broken, CsvPairs, ScenePairs, Scenes, UnreadableFileError
 from tests.test_pairs import png
 
 

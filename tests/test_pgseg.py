@@ -12,9 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
-from protoseg.models._grouping import AttentionUnit, SlotUnit, straight_through
-from protoseg.models.grouping import PRESETS, GroupingEncoder, ImageConfig
-from protoseg.models.pgseg import PGSeg, PGSegConfig
+from protoseg.models.pgseg.grouping import PRESETS, GroupingEncoder, ImageConfig
+from protoseg.models.pgseg.network import PGSeg, PGSegConfig
+from protoseg.models.pgseg.units import AttentionUnit, SlotUnit, straight_through
 
 SMALL = ImageConfig(image_size=32, patch_size=8, dim=64, heads=1, depths=(1, 1, 1), groups=(6, 3), drop_path=0.0)
 

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
-from protoseg.models.grouping import ImageConfig
-from protoseg.models.pgseg import PGSeg, PGSegConfig, image_text_contrast
+from protoseg.models.pgseg.grouping import ImageConfig
+from protoseg.models.pgseg.network import PGSeg, PGSegConfig, image_text_contrast
 
 IMAGE = ImageConfig(image_size=16, patch_size=4, stem="conv", dim=16, heads=2, depths=(1, 0), groups=(3,), unit="slots")
 CONFIG = PGSegConfig(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from protoseg.models._pickles import Inert, _Unpickler, read_checkpoint
+from protoseg.models.checkpoints import Inert, _Unpickler, read_checkpoint
 
 
 class Evil:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from protoseg.data.pairs import Broken, Pair, write_shards
+from protoseg.data import Broken, Pair, write_shards
 from tests.test_pairs import needs_webdataset, workers_warn
 from tests.trainer import SETTINGS, assert_equal, common
 
@@ -30,7 +30,7 @@ READ = """
 import json, sys
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from protoseg.data.pairs import ShardPairs
+from protoseg.data import ShardPairs
 
 pattern, report, out = sys.argv[1:]
 dist.init_process_group("gloo")

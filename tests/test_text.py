@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from protoseg.models.text import TextTransformer, WordBag, vocabulary
+from protoseg.models.pgseg.text import TextTransformer, WordBag, vocabulary
 
 
 def test_vocabulary_counts_and_leaves_out_what_names_nothing() -> None:

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from protoseg.data import Sample, UnreadableFileError
-from protoseg.data.voc import VOC_CLASSES, VOCFolder, save_mask, voc_palette
+from protoseg.data import VOC_CLASSES, Sample, UnreadableFileError, VOCFolder, save_mask, voc_palette
 
 MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"
 Make = Callable[..., Path]
@@ -345,12 +344,12 @@ def test_workers_read_the_same_and_pass_on_what_is_unreadable(root: Path) -> Non
 def test_without_pillow_the_error_says_what_to_install(root: Path) -> None:
     program = (
         "import sys; sys.modules['PIL'] = None\n"
-        "from protoseg.data.voc import VOCFolder\n"
+        "from protoseg.data.folders import VOCFolder\n"
         f"VOCFolder({str(root)!r}, 'val')[0]\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert 'ImportError: reading and writing pictures needs Pillow: pip install "protoseg[examples]"' in run.stderr
+    assert 'ImportError: reading and writing pictures needs PIL; run pip install "protoseg[examples]"' in run.stderr
 
 
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs the MSRC v2 data in {MSRC15}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protoseg.data.voc import save_mask, voc_palette
+from protoseg.data import save_mask, voc_palette
 
 
 def test_palette_is_that_of_voc() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
-from protoseg.models.grouping import ImageConfig
-from protoseg.models.pgseg import PGSeg, PGSegConfig
-from protoseg.models.zeroshot import _windows, class_embeddings, group_maps, segment
+from protoseg.models.pgseg.grouping import ImageConfig
+from protoseg.models.pgseg.network import PGSeg, PGSegConfig
+from protoseg.models.pgseg.zeroshot import _windows, class_embeddings, group_maps, segment
 
 IMAGE = ImageConfig(image_size=32, patch_size=8, dim=32, heads=2, depths=(1, 1, 0), groups=(6, 3), drop_path=0.0)
 CONFIG = PGSegConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from protoseg.clip.towers import Grid, tower_of
 from protoseg.utils import checks
+from protoseg.utils.extras import require
 from protoseg.utils.numeric import unit
 
 __all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "Pooling"]
@@ -107,10 +107,7 @@ class FrozenCLIP(nn.Module):
             ValueError: There is no such model or tag, where the message lists near ones; or its vision network is of
                 another kind.
         """
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError("protoseg.clip needs open_clip: pip install protoseg[clip]") from error
+        open_clip = require("open_clip", "FrozenCLIP.load", "clip")
         if name not in (names := open_clip.list_models()):
             raise ValueError(f"FrozenCLIP: no model {name!r} in open_clip; near ones: {_near(name, names)}")
         if pretrained is not None and not Path(pretrained).is_file():
@@ -352,5 +349,4 @@ class FrozenCLIP(nn.Module):
 
 
 def _near(name: str, names: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, names, 5, 0.3) or list(names)[:5]
-    return ", ".join(found) if found else "none at all"
+    return checks.near_names(name, names, cutoff=0.3) or ", ".join(names[:5]) or "none at all"

@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import pickle
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from protoseg.data._voc_files import read_classes
-from protoseg.data.voc import VOC_CLASSES
+from protoseg.data.files import read_classes
+from protoseg.data.folders import VOC_CLASSES
+from protoseg.utils.files import replacing
 
 __all__ = ["read_label_file", "write_labels"]
 
@@ -173,7 +173,7 @@ def _labels(key: object, value: object) -> NDArray[np.bool_]:
 def write_labels(
     path: str | os.PathLike[str], labels: Mapping[str, NDArray[np.bool_]], classes: Sequence[str] | None = None
 ) -> None:
-    r"""Write ``labels.csv`` as :class:`protoseg.data.voc.VOCFolder` reads it, in one step.
+    r"""Write ``labels.csv`` as :class:`protoseg.data.folders.VOCFolder` reads it, in one step.
 
     Args:
         path: The file; an older one is replaced.
@@ -198,16 +198,11 @@ def write_labels(
                 "them with --classes, a file with one name a line of which the first is background"
             )
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("id", "labels"))
-            for key, present in labels.items():
-                table.writerow((key, " ".join(name for name, here in zip(names, present, strict=True) if here)))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as whole, whole.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("id", "labels"))
+        for key, present in labels.items():
+            table.writerow((key, " ".join(name for name, here in zip(names, present, strict=True) if here)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

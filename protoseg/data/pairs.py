@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from protoseg.data import _shards
-from protoseg.data._csv import CsvPairs
-from protoseg.data._pair import Pair, T
-from protoseg.data._shards import Broken
+from protoseg.data.sample import Pair, T, UnreadableFileError
 from protoseg.data.scenes import Scenes
+from protoseg.data.shards import (
+    Broken,
+    BrokenSampleError,
+    Raw,
+    Reason,
+    Report,
+    decode,
+    decode_picture,
+    expand,
+    read_shard,
+    shuffled,
+    write_shard,
+)
 from protoseg.utils import checks
 
 __all__ = ["Broken", "CsvPairs", "Pair", "ScenePairs", "ShardPairs", "write_shards"]
@@ -101,7 +112,7 @@ class ShardPairs(IterableDataset[T]):
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
-        self.shards = _shards.expand(shards)
+        self.shards = expand(shards)
         self.start = start if isinstance(start, int) else tuple(start)
         starts = (self.start,) if isinstance(self.start, int) else self.start
         for name, number in (("shuffle", shuffle), ("seed", seed), ("epoch", epoch), *(("start", n) for n in starts)):
@@ -175,12 +186,12 @@ class ShardPairs(IterableDataset[T]):
     def _pairs(self, epoch: int, worker: int, workers: int) -> Iterator[Pair]:
         """Give this worker's whole pairs, in their order."""
         rank, world = self._where()
-        report = _shards.Report(self.report, rank, worker)
+        report = Report(self.report, rank, worker)
         # A text as seed is hashed in the same way on every machine, and no two of these are the same.
         drawing = random.Random(f"drawn {self.seed} {epoch} {rank} {worker}")
         opened = 0  # shards since the last pair
 
-        def raw() -> Iterator[_shards.Raw]:
+        def raw() -> Iterator[Raw]:
             nonlocal opened
             for shard in (
                 self._drawn(drawing) if self.resampled else self._own_shards(epoch, rank, world)[worker::workers]
@@ -191,15 +202,13 @@ class ShardPairs(IterableDataset[T]):
                         f"ShardPairs: {opened} shards held nothing whole; what is in {shard}, or in report?"
                     )
                 opened += 1
-                yield from _shards.read_shard(shard, report)
+                yield from read_shard(shard, report)
 
         # The buffer holds undecoded samples: they are smaller, and the order does not depend on which are broken.
-        for sample in _shards.shuffled(
-            raw(), self.shuffle, random.Random(f"buffer {self.seed} {epoch} {rank} {worker}")
-        ):
+        for sample in shuffled(raw(), self.shuffle, random.Random(f"buffer {self.seed} {epoch} {rank} {worker}")):
             try:
-                pair = _shards.decode(sample)
-            except _shards.BrokenSampleError as error:
+                pair = decode(sample)
+            except BrokenSampleError as error:
                 report(error.reason, sample.shard, sample.key, str(error))
                 continue
             opened = 0
@@ -214,6 +223,112 @@ class ShardPairs(IterableDataset[T]):
         if self.shuffle:
             random.Random(f"shards {self.seed} {epoch}").shuffle(order)
         return order[rank::world]
+
+
+class CsvPairs(Dataset[T]):
+    r"""Pairs that a CSV lists.
+
+    All rows are read at construction, pictures at access.
+
+    Args:
+        path: UTF-8 file whose first line names the columns ``path`` (of a JPEG or PNG, from the CSV's folder on) and
+            ``caption``; others are passed over.
+        transform: What is made of a pair; ``None`` gives the pair.
+        report: Folder for the names of broken rows, which `Broken.read` counts: rows without a path, a picture or a
+            caption are left out, and in the place of a picture that turns out to be unreadable comes the next one of
+            the list that is whole, as a place in a list cannot be left out. ``None``: a broken row is an error.
+
+    Raises:
+        FileNotFoundError: The file, or without ``report`` a picture that it lists, does not exist.
+        ValueError: A column is missing, no row is left, the file is no UTF-8 or no CSV; without ``report`` also: a cell
+            is missing. The message names the line.
+        UnreadableFileError: At access: the picture, or with ``report`` every one, is truncated or of another format.
+        IndexError: At access, outside ``-N..N-1``.
+        ImportError: Pillow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 6)).save(folder / "one.png")
+        >>> _ = (folder / "pairs.csv").write_text("path,caption\none.png,\"a night, moonless\"\n")
+        >>> pair = CsvPairs(folder / "pairs.csv")[0]
+        >>> pair.key, pair.image.shape, pair.caption
+        ('one', torch.Size([3, 6, 8]), 'a night, moonless')
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        transform: Callable[[Pair], T] | None = None,
+        report: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.transform = transform
+        self.report = None if report is None else Path(report)
+        if self.report is not None:
+            self.report.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file; write it with the header path,caption")
+        self._rows: list[tuple[str, str]] = []
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                self._read(csv.DictReader(file, strict=True))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: not a UTF-8 text file ({error}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(f"{self.path}, behind row {len(self._rows)}: broken CSV ({error}); mend it") from error
+        if not self._rows:
+            raise ValueError(f"{self.path}: no rows that can be used; write one for each picture behind the header")
+
+    def _read(self, table: csv.DictReader[str]) -> None:
+        columns = list(table.fieldnames or [])
+        if missing := [name for name in ("path", "caption") if name not in columns]:
+            raise ValueError(f"{self.path}: expected the columns path and caption, no {missing[0]!r} in {columns}")
+        for row in table:
+            where = f"{self.path}, line {table.line_num}"
+            name, caption = (row["path"] or "").strip(), (row["caption"] or "").strip()
+            if not name or not caption:
+                problem = f"expected a path and a caption, got {name!r} and {caption!r}"
+                if self.report is None:
+                    raise ValueError(f"{where}: {problem}")
+                self._tell("no caption" if name else "no picture", f"line {table.line_num}", problem)
+            elif not (self.path.parent / name).is_file():
+                problem = f"no such picture: {self.path.parent / name}"
+                if self.report is None:
+                    raise FileNotFoundError(f"{where}: {problem}; add it or drop the line")
+                self._tell("no picture", f"line {table.line_num}", problem)
+            else:
+                self._rows.append((name, caption))
+
+    def _tell(self, reason: Reason, key: str, problem: str) -> None:
+        info = get_worker_info()
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        # A row is told of by whoever meets it; `Broken.read` counts it once.
+        Report(self.report, rank, 0 if info is None else info.id)(reason, str(self.path), key, problem)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> T:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"CsvPairs: index must be in {-len(self)}..{len(self) - 1}, got {index}")
+        for place in range(index, index + len(self)):
+            name, caption = self._rows[place % len(self)]
+            path = self.path.parent / name
+            try:
+                image = decode_picture(path.read_bytes())
+            except (OSError, BrokenSampleError) as error:
+                if self.report is None or place == index + len(self) - 1:
+                    raise UnreadableFileError(
+                        path, f"cannot be read ({error}); fetch or write the file again"
+                    ) from error
+                self._tell("broken picture", name, str(error))
+                continue
+            break
+        pair = Pair(PurePath(name).with_suffix("").as_posix(), image, caption)
+        return cast(T, pair) if self.transform is None else self.transform(pair)
 
 
 class ScenePairs(Dataset[T]):
@@ -288,7 +403,7 @@ def write_shards(
     written: list[Path] = []
     for number, group in itertools.groupby(enumerate(pairs), key=lambda entry: entry[0] // shard_size):
         written.append(root / f"{name}-{number:06d}.tar")
-        _shards.write_shard(written[-1], (pair for _, pair in group), ending)
+        write_shard(written[-1], (pair for _, pair in group), ending)
     return written
 
 

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from protoseg.data import Sample
-from protoseg.data._drawing import (
+from protoseg.data.drawing import (
     PATTERNS,
     SCENERIES,
     Canvas,
@@ -24,6 +23,7 @@ from protoseg.data._drawing import (
     rim,
     silhouette,
 )
+from protoseg.data.sample import Sample
 from protoseg.utils import checks
 
 __all__ = ["Scene", "Scenes", "Thing"]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.models._timm import knowing
-from protoseg.models._weights import fit_weights, read_file, read_package
+from protoseg.models.weights import fit_weights, read_file, read_package
 from protoseg.utils import checks
+from protoseg.utils.extras import timm_with
 
 __all__ = ["Backbone", "BankFeatures", "SmallResNet", "TimmBackbone", "load_weights"]
 
@@ -255,7 +255,7 @@ class TimmBackbone(nn.Module):
 
 def _features_only(name: str, stride: int, *, pretrained: bool) -> Any:
     """Make timm's network that ends in its last map."""
-    timm: Any = knowing("TimmBackbone", name)
+    timm: Any = timm_with(name, "TimmBackbone")
     # Transformers cannot be dilated; those with windows take pictures of any size where they are told to.
     error: Exception | None = None
     for options in ({"output_stride": stride}, {"strict_img_size": False}, {}):

@@ -10,15 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.utils import checks
+from protoseg.utils.extras import require
 from protoseg.utils.numeric import full_precision
-
-try:
-    from timm.models.vision_transformer import Block
-except ImportError as error:  # pragma: no cover
-    raise ImportError("protoseg.models.decoder needs timm: pip install protoseg[timm]") from error
 
 __all__ = ["Decoded", "FrozenDecoder", "affinity_loss", "balanced_cross_entropy"]
 
+Block = require("timm.models.vision_transformer", "protoseg.models.decoder", "timm").Block
 IGNORE = 255
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.models._timm import knowing
-from protoseg.models._weights import fit_weights, read_file
 from protoseg.models.backbones import Backbone, BankFeatures
+from protoseg.models.weights import fit_weights, read_file
 from protoseg.utils import checks
+from protoseg.utils.extras import require, timm_with
 
 __all__ = [
     "Hybrid",
@@ -80,7 +80,7 @@ class TimmTransformer(nn.Module):
 
     def __init__(self, name: str, *, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        timm: Any = knowing("TimmTransformer", name)
+        timm: Any = timm_with(name, "TimmTransformer")
         network: Any = timm.create_model(name, pretrained=weights == "timm", num_classes=0)
         if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks")) or not all(
             hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
@@ -154,10 +154,7 @@ class Hybrid(nn.Module):
 
     def __init__(self, backbone: Backbone, dim: int | None = None, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
-        try:
-            from timm.models.vision_transformer import Block
-        except ImportError as error:
-            raise ImportError('Hybrid needs timm; run pip install "protoseg[timm]"') from error
+        Block = require("timm.models.vision_transformer", "Hybrid", "timm").Block
         checks.positive("Hybrid", "depth", depth)
         checks.positive("Hybrid", "heads", heads)
         self.channels = backbone.channels if dim is None else dim
@@ -201,7 +198,7 @@ def is_plain_transformer(name: str) -> bool:
         >>> is_plain_transformer("deit_small_patch16_224"), is_plain_transformer("resnet50")
         (True, False)
     """
-    timm: Any = knowing("is_plain_transformer", name)
+    timm: Any = timm_with(name, "is_plain_transformer")
     return bool(timm.models.is_model_in_modules(name.partition(".")[0], ("vision_transformer", "deit")))
 
 

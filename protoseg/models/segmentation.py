@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from protoseg.models.backbones import Backbone, SmallResNet, TimmBackbone
+from protoseg.utils.extras import require
 
 __all__ = ["SmallUnet", "build_segmentation_network"]
 
@@ -32,17 +33,13 @@ class SmallUnet(nn.Module):
 
     def __init__(self, encoder: SmallResNet, classes: int) -> None:
         super().__init__()
-        try:
-            from segmentation_models_pytorch.base import SegmentationHead
-            from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
-        except ImportError as error:
-            raise ImportError(
-                'SmallUnet needs segmentation_models_pytorch; run pip install "protoseg[examples]"'
-            ) from error
+        smp = require("segmentation_models_pytorch", "SmallUnet", "examples")
         width = encoder.channels // 4
         self.encoder = encoder
-        self.decoder = UnetDecoder((3, width, 2 * width, 4 * width), (2 * width, width, width // 2), n_blocks=3)
-        self.head = SegmentationHead(width // 2, classes)
+        self.decoder = smp.decoders.unet.decoder.UnetDecoder(
+            (3, width, 2 * width, 4 * width), (2 * width, width, width // 2), n_blocks=3
+        )
+        self.head = smp.base.SegmentationHead(width // 2, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
@@ -99,13 +96,7 @@ def build_segmentation_network(
 
 
 def _create(name: str, classes: int, weights: bool | str | None = None) -> nn.Module:
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError as error:
-        raise ImportError(
-            'build_segmentation_network needs segmentation_models_pytorch; run pip install "protoseg[examples]"'
-        ) from error
-
+    smp = require("segmentation_models_pytorch", "build_segmentation_network", "examples")
     architecture, _, encoder = name.partition(":")
     try:
         model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=weights, classes=classes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,3 +94,8 @@ def not_empty(where: str, name: str, value: Tensor) -> None:
     """Raise ``ValueError`` when an axis of ``value`` has no entry."""
     if value.numel() == 0:
         raise ValueError(f"{where}: {name} must not be empty, got shape {tuple(value.shape)}")
+
+
+def near_names(name: str, known: Iterable[str], count: int = 5, cutoff: float = 0.6) -> str:
+    """The names that are most like ``name``, with commas between them; empty where none is alike."""
+    return ", ".join(difflib.get_close_matches(name, list(known), count, cutoff))

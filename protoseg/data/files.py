@@ -1,24 +1,31 @@
-"""Readers of the single files of a VOC folder; every fault names the file and what to do."""
+"""Pictures, masks, tags and lists on the disk; every fault names the file and what to do."""
 
 from __future__ import annotations
 
 import csv
 import difflib
+import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from protoseg.data import UnreadableFileError
+from protoseg.data.sample import UnreadableFileError
+from protoseg.utils.extras import require
+from protoseg.utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "load_image",
+    "load_mask",
     "pillow",
     "read_annotation",
     "read_classes",
@@ -27,6 +34,8 @@ __all__ = [
     "read_pixels",
     "read_split",
     "read_table",
+    "save_mask",
+    "voc_palette",
 ]
 
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -36,13 +45,9 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _LISTED = 5  # names shown in an error before "and n more"
 
 
-def pillow() -> ModuleType:
+def pillow() -> Any:
     """Return ``PIL.Image``, or say how to install it."""
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ImportError('reading and writing pictures needs Pillow: pip install "protoseg[examples]"') from error
-    return PIL.Image
+    return require("PIL.Image", "reading and writing pictures", "examples")
 
 
 def _listed(names: list[str]) -> str:
@@ -184,7 +189,7 @@ def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
         raise UnreadableFileError(
             path,
             f"the mask has mode {picture.mode}, expected P (palette) or L (8-bit grey) with class indices; "
-            "turn its colours into indices, for example with protoseg.data.voc.save_mask",
+            "turn its colours into indices, for example with protoseg.data.save_mask",
         )
     mask = np.array(picture, np.uint8)
     wrong = np.unique(mask[(mask > num_classes) & (mask != 255)])
@@ -195,3 +200,111 @@ def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
             f"1..{num_classes} are the classes, 255 is void; is classes.txt the right one?",
         )
     return mask
+
+
+def voc_palette(n: int = 256) -> list[int]:
+    """Return the first ``n`` colours of VOC's palette as ``[r, g, b, r, g, b, ...]`` in 0..255.
+
+    Args:
+        n: Number of colours, 1..256.
+
+    Raises:
+        ValueError: ``n`` is out of range.
+
+    Example:
+        >>> voc_palette(3)
+        [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    """
+    if not 1 <= n <= 256:
+        raise ValueError(f"voc_palette: n must be in 1..256, got {n}")
+    # The bits of the index go to red, green and blue in turn, and fill each colour from its highest bit.
+    return [
+        sum((index >> (3 * step + channel) & 1) << (7 - step) for step in range(8))
+        for index in range(n)
+        for channel in range(3)
+    ]
+
+
+def load_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read a picture, in the orientation of its pixels.
+
+    Args:
+        path: A file that Pillow can read.
+
+    Returns:
+        ``[3, H, W]`` uint8, RGB.
+
+    Raises:
+        UnreadableFileError: Missing, truncated, or no picture.
+        ImportError: Pillow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.png"
+        >>> save_mask(path, [[0, 2], [1, 255]])
+        >>> load_image(path).shape
+        torch.Size([3, 2, 2])
+    """
+    pixels = read_pixels(Path(path))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
+    """Read a mask of class indices.
+
+    Args:
+        path: An 8-bit palette or grey PNG.
+        num_classes: ``C``; an index above it that is not 255 is an error.
+
+    Returns:
+        ``[H, W]`` uint8, 0 = background, 1..C = classes, 255 = void.
+
+    Raises:
+        UnreadableFileError: Missing, truncated, in colour, or with an index that stands for no class.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.png"
+        >>> save_mask(path, [[0, 2], [1, 255]])
+        >>> load_mask(path, num_classes=2).tolist()
+        [[0, 2], [1, 255]]
+    """
+    return torch.from_numpy(read_mask(Path(path), num_classes))
+
+
+def save_mask(path: str | os.PathLike[str], mask: Tensor | NDArray[np.uint8] | Sequence[Sequence[int]]) -> None:
+    """Write a mask as an 8-bit PNG in VOC's palette, wholly or not at all.
+
+    The file is written under another name in the same folder and then renamed, so that a run that is stopped
+    leaves no truncated mask behind.
+
+    Args:
+        path: File to write, ending in ``.png``; an older one is replaced.
+        mask: ``[H, W]`` whole numbers in 0..255.
+
+    Raises:
+        ValueError: ``path`` has another ending, or ``mask`` is not of this form.
+        FileNotFoundError: The folder does not exist.
+        ImportError: Pillow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.png"
+        >>> save_mask(path, torch.tensor([[0, 1], [20, 255]]))
+        >>> path.exists()
+        True
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"save_mask: path must end in .png (other formats change the indices), got {target}")
+    array = np.asarray(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask)
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
+        raise ValueError(f"save_mask: mask must be (H, W) of whole numbers, got {array.shape} of {array.dtype}")
+    if array.min() < 0 or array.max() > 255:
+        raise ValueError(f"save_mask: mask must lie in 0..255, got values from {array.min()} to {array.max()}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder; create it before saving masks")
+    picture = pillow().fromarray(array.astype(np.uint8))
+    picture.putpalette(voc_palette())
+    with replacing(target) as temporary:
+        picture.save(temporary, format="PNG")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from protoseg.models.grouping import ImageConfig
+from protoseg.models.pgseg.grouping import ImageConfig
 
 # Their name, as a regular expression, and ours. A name with no entry here is reported as left out.
 _UNIT = r"^img_encoder\.layers\.(\d+)\.downsample\."

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from protoseg.utils.extras import require
 
 __all__ = ["TextTokens", "TextTransformer", "WordBag", "vocabulary"]
 
@@ -108,14 +110,10 @@ class TextTransformer(nn.Module):
 
     def __init__(self, width: int = 256, layers: int = 12) -> None:
         super().__init__()
-        try:
-            import open_clip
-            from open_clip.transformer import QuickGELU
-            from open_clip.transformer import TextTransformer as Tower
-        except ImportError as error:
-            raise ImportError("TextTransformer needs open_clip: pip install protoseg[clip]") from error
-        options: dict[str, Any] = {"act_layer": QuickGELU, "norm_layer": nn.LayerNorm, "output_tokens": True}
-        self.tower = Tower(width=width, heads=width // 64, layers=layers, output_dim=None, **options)
+        open_clip = require("open_clip", "TextTransformer", "clip")
+        layer = open_clip.transformer
+        options = {"act_layer": layer.QuickGELU, "norm_layer": nn.LayerNorm, "output_tokens": True}
+        self.tower = layer.TextTransformer(width=width, heads=width // 64, layers=layers, output_dim=None, **options)
         self.width = width
         self._tokenizer = open_clip.SimpleTokenizer()
 

@@ -14,8 +14,8 @@ from protoseg.utils import checks
 from protoseg.utils.numeric import unit
 
 if TYPE_CHECKING:
-    from protoseg.models.grouping import Encoded
-    from protoseg.models.pgseg import PGSeg
+    from protoseg.models.pgseg.grouping import Encoded
+    from protoseg.models.pgseg.network import PGSeg
 
 __all__ = ["TEMPLATES", "Score", "ZeroShot", "class_embeddings", "group_maps", "normalised", "segment"]
 

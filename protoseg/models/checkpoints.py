@@ -69,7 +69,7 @@ class _Unpickler(pickle._Unpickler):
 class _Pickle:
     """What ``torch.load`` asks of a pickle module."""
 
-    __name__ = "protoseg.models._pickles"
+    __name__ = "protoseg.models.checkpoints"
     Unpickler = _Unpickler
     UnpicklingError = pickle.UnpicklingError
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from protoseg.models._pickles import read_checkpoint
+from protoseg.models.checkpoints import read_checkpoint
+from protoseg.utils.extras import require
 
 __all__ = ["fit_weights", "read_file", "read_package"]
 
@@ -100,16 +101,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = require("safetensors.torch", str(path), "weights")
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f'{path} needs safetensors; run pip install "safetensors"') from error
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+        state: dict[str, Tensor] = safetensors.load_file(path)
+    except require("safetensors", str(path), "weights").SafetensorError as error:
         raise ValueError(f"{path}: no safetensors file, or a damaged one: {error}") from error
+    return state
 
 
 def fit_weights(target: nn.Module, name: str, state: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:

@@ -11,17 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from protoseg.models.pgseg.units import AttentionUnit, Grouping, SlotUnit, TokenMixer
 from protoseg.modules.gmm import GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils import checks
-
-try:
-    from timm.models.vision_transformer import Block
-except ImportError as error:  # pragma: no cover
-    raise ImportError("protoseg.models.grouping needs timm: pip install protoseg[timm]") from error
-
-from protoseg.models._grouping import AttentionUnit, Grouping, SlotUnit, TokenMixer
+from protoseg.utils.extras import require
 
 __all__ = ["PRESETS", "Encoded", "GroupingEncoder", "ImageConfig", "StageOutput"]
+
+Block = require("timm.models.vision_transformer", "protoseg.models.pgseg", "timm").Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ImageConfig:
         depths: Transformer blocks before each unit, and behind the last.
         groups: Groups of each unit.
         unit: ``"attention"``, that of the paper, whose group tokens go through the blocks with the other tokens;
-            ``"slots"``, :class:`protoseg.models._grouping.SlotUnit`.
+            ``"slots"``, :class:`protoseg.models.pgseg.units.SlotUnit`.
         drop_path: Largest rate of stochastic depth.
         reconstruct: Add the tokens' reconstruction from prototypes before grouping, through an MLP of 4096 channels.
             Not in the paper but in its published code and weights.

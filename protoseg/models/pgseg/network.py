@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.models import _published
-from protoseg.models._pickles import read_checkpoint
-from protoseg.models.grouping import PRESETS as IMAGE_PRESETS
-from protoseg.models.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
-from protoseg.models.text import TextTokens, TextTransformer, WordBag
-from protoseg.models.zeroshot import ZeroShot, segment
+from protoseg.models.checkpoints import read_checkpoint
+from protoseg.models.pgseg import weights
+from protoseg.models.pgseg.grouping import PRESETS as IMAGE_PRESETS
+from protoseg.models.pgseg.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
+from protoseg.models.pgseg.text import TextTokens, TextTransformer, WordBag
+from protoseg.models.pgseg.zeroshot import ZeroShot, segment
 from protoseg.modules.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils.distributed import all_gather, gather_with_gradient, world_size
 from protoseg.utils.numeric import full_precision, unit
@@ -174,7 +174,7 @@ class PGSeg(nn.Module):
         return (terms.sum(1) / there.sum(1).clamp_min(1)).mean()
 
     def segment(self, image: Tensor, class_names: Sequence[str | Sequence[str]], **options: Any) -> ZeroShot:
-        """Give each pixel of a uint8 picture ``[3, H, W]`` a class: :func:`protoseg.models.zeroshot.segment`."""
+        """Give each pixel of a uint8 picture ``[3, H, W]`` a class: :func:`protoseg.models.pgseg.zeroshot.segment`."""
         return segment(self, image, class_names, **options)
 
     @classmethod
@@ -200,8 +200,8 @@ class PGSeg(nn.Module):
         state = stored.get("model", stored) if isinstance(stored, dict) else None
         if not isinstance(state, Mapping):
             raise ValueError(f"{path}: expected a dict of tensors, or one with the key 'model'")
-        model = cls(PGSegConfig(**_published.read_config(state), npr_text=None))
-        translated, model.left_out = _published.translate(state)
+        model = cls(PGSegConfig(**weights.read_config(state), npr_text=None))
+        translated, model.left_out = weights.translate(state)
         missing, unexpected = model.load_state_dict(translated, strict=False)
         if missing or unexpected:
             raise ValueError(f"{path}: tensors are missing for {missing[:5]} and unknown for {unexpected[:5]}")

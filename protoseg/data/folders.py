@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from protoseg.data import Sample, UnreadableFileError
-from protoseg.data import _voc_files as files
+from protoseg.data import files
+from protoseg.data.sample import Sample, UnreadableFileError
 from protoseg.utils import checks
 
-__all__ = ["VOC_CLASSES", "VOCFolder", "load_image", "load_mask", "save_mask", "voc_palette"]
+__all__ = ["VOC_CLASSES", "VOCFolder"]
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -167,116 +164,3 @@ class VOCFolder(Dataset[Sample]):
             mask = files.read_mask(self._mask_dir / f"{name}.png", len(self.classes))
             present.append({int(value) - 1 for value in np.unique(mask)} - {-1, 254})
         return present
-
-
-def voc_palette(n: int = 256) -> list[int]:
-    """Return the first ``n`` colours of VOC's palette as ``[r, g, b, r, g, b, ...]`` in 0..255.
-
-    Args:
-        n: Number of colours, 1..256.
-
-    Raises:
-        ValueError: ``n`` is out of range.
-
-    Example:
-        >>> voc_palette(3)
-        [0, 0, 0, 128, 0, 0, 0, 128, 0]
-    """
-    if not 1 <= n <= 256:
-        raise ValueError(f"voc_palette: n must be in 1..256, got {n}")
-    # The bits of the index go to red, green and blue in turn, and fill each colour from its highest bit.
-    return [
-        sum((index >> (3 * step + channel) & 1) << (7 - step) for step in range(8))
-        for index in range(n)
-        for channel in range(3)
-    ]
-
-
-def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a picture, in the orientation of its pixels.
-
-    Args:
-        path: A file that Pillow can read.
-
-    Returns:
-        ``[3, H, W]`` uint8, RGB.
-
-    Raises:
-        UnreadableFileError: Missing, truncated, or no picture.
-        ImportError: Pillow is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "one.png"
-        >>> save_mask(path, [[0, 2], [1, 255]])
-        >>> load_image(path).shape
-        torch.Size([3, 2, 2])
-    """
-    pixels = files.read_pixels(Path(path))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
-    """Read a mask of class indices.
-
-    Args:
-        path: An 8-bit palette or grey PNG.
-        num_classes: ``C``; an index above it that is not 255 is an error.
-
-    Returns:
-        ``[H, W]`` uint8, 0 = background, 1..C = classes, 255 = void.
-
-    Raises:
-        UnreadableFileError: Missing, truncated, in colour, or with an index that stands for no class.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "one.png"
-        >>> save_mask(path, [[0, 2], [1, 255]])
-        >>> load_mask(path, num_classes=2).tolist()
-        [[0, 2], [1, 255]]
-    """
-    return torch.from_numpy(files.read_mask(Path(path), num_classes))
-
-
-def save_mask(path: str | os.PathLike[str], mask: Tensor | NDArray[np.uint8] | Sequence[Sequence[int]]) -> None:
-    """Write a mask as an 8-bit PNG in VOC's palette, wholly or not at all.
-
-    The file is written under another name in the same folder and then renamed, so that a run that is stopped
-    leaves no truncated mask behind.
-
-    Args:
-        path: File to write, ending in ``.png``; an older one is replaced.
-        mask: ``[H, W]`` whole numbers in 0..255.
-
-    Raises:
-        ValueError: ``path`` has another ending, or ``mask`` is not of this form.
-        FileNotFoundError: The folder does not exist.
-        ImportError: Pillow is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "one.png"
-        >>> save_mask(path, torch.tensor([[0, 1], [20, 255]]))
-        >>> path.exists()
-        True
-    """
-    target = Path(path)
-    if target.suffix.lower() != ".png":
-        raise ValueError(f"save_mask: path must end in .png (other formats change the indices), got {target}")
-    array = np.asarray(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask)
-    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
-        raise ValueError(f"save_mask: mask must be (H, W) of whole numbers, got {array.shape} of {array.dtype}")
-    if array.min() < 0 or array.max() > 255:
-        raise ValueError(f"save_mask: mask must lie in 0..255, got values from {array.min()} to {array.max()}")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: no such folder; create it before saving masks")
-    picture = files.pillow().fromarray(array.astype(np.uint8))
-    picture.putpalette(voc_palette())
-    # Beside the target, as only a rename within one file system is atomic.
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

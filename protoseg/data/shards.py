@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import secrets
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoseg.data import UnreadableFileError
-from protoseg.data._pair import Pair
-from protoseg.data._voc_files import pillow
+from protoseg.data.files import pillow
+from protoseg.data.sample import Pair, UnreadableFileError
 from protoseg.utils import checks
+from protoseg.utils.extras import require
+from protoseg.utils.files import replacing
 
 __all__ = [
     "Broken",
@@ -29,8 +29,8 @@ __all__ = [
     "Raw",
     "Report",
     "decode",
+    "decode_picture",
     "expand",
-    "picture",
     "read_shard",
     "shuffled",
     "write_shard",
@@ -136,11 +136,8 @@ class Report:
 
 
 def _webdataset() -> tuple[Any, Any]:
-    try:
-        from webdataset import shardlists, tariterators
-    except ImportError as error:
-        raise ImportError('reading shards needs webdataset: pip install "protoseg[pairs]"') from error
-    return shardlists, tariterators
+    webdataset = require("webdataset", "reading shards", "pairs")
+    return webdataset.shardlists, webdataset.tariterators
 
 
 def expand(shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -238,10 +235,10 @@ def decode(sample: Raw) -> Pair:
     """Turn bytes into a pair, the picture last, as it takes the most time."""
     content = _encoded(sample.parts)
     caption = _caption(sample.parts)
-    return Pair(sample.key, picture(content), caption)
+    return Pair(sample.key, decode_picture(content), caption)
 
 
-def picture(content: bytes) -> Tensor:
+def decode_picture(content: bytes) -> Tensor:
     """Decode a JPEG or PNG to ``[3, H, W]`` uint8, RGB, in the orientation of its pixels."""
     module = pillow()
     try:
@@ -310,21 +307,15 @@ def shuffled(samples: Iterator[Raw], size: int, drawing: random.Random) -> Itera
 
 def write_shard(target: Path, pairs: Iterable[Pair], ending: str) -> None:
     """Write one shard, wholly or not at all."""
-    # Beside the target, as only a rename within one file system is atomic.
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     keys: set[str] = set()
-    try:
-        with tarfile.open(temporary, "w") as tar:
-            for pair in pairs:
-                _check(pair, keys)
-                keys.add(pair.key)
-                for suffix, content in ((ending, _encode(pair, ending)), ("txt", pair.caption.encode())):
-                    entry = tarfile.TarInfo(f"{pair.key}.{suffix}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as file, tarfile.open(file, "w") as tar:
+        for pair in pairs:
+            _check(pair, keys)
+            keys.add(pair.key)
+            for suffix, content in ((ending, _encode(pair, ending)), ("txt", pair.caption.encode())):
+                entry = tarfile.TarInfo(f"{pair.key}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
 
 
 def _check(pair: Pair, keys: set[str]) -> None:
