@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg import _page
-from protoseg.report import Picture, overlay, write_report
+from protoseg.report import Picture, overlay, setting, write_report
 
 SECTIONS = ("results", "training", "thresholds", "classes", "pictures", "run")
 
@@ -213,7 +212,7 @@ def test_large_pictures_are_made_smaller() -> None:
     import base64
     import io
 
-    uri = _page.data_uri(torch.zeros(3, 300, 1200, dtype=torch.uint8))
+    uri = setting.data_uri(torch.zeros(3, 300, 1200, dtype=torch.uint8))
     with pil_image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
         assert image.size == (400, 100)
 
@@ -226,17 +225,17 @@ def test_long_curves_do_not_swell_the_file(tmp_path: Path) -> None:
 
 
 def test_numbers_of_any_type() -> None:
-    assert [_page.number(x) for x in (1, torch.tensor(0.5), None, math.nan, "x", torch.rand(2))] == [
+    assert [setting.number(x) for x in (1, torch.tensor(0.5), None, math.nan, "x", torch.rand(2))] == [
         1,
         0.5,
         *[None] * 4,
     ]
-    assert [_page.duration(x) for x in (3.21, 161, 7384, None)] == ["3.2 s", "2 min 41 s", "2 h 3 min", _page.DASH]
+    assert [setting.duration(x) for x in (3.21, 161, 7384, None)] == ["3.2 s", "2 min 41 s", "2 h 3 min", setting.DASH]
 
 
 def test_smooth_keeps_a_line_and_the_length() -> None:
     line = [(float(i), 2.0 * i) for i in range(200)]
-    smooth = _page.smooth(line)
+    smooth = setting.smooth(line)
     assert [x for x, _ in smooth] == [x for x, _ in line]
     assert smooth[50:150] == line[50:150]
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg import _page
-from protoseg._overlay import HEAT, overlay, palette
-from protoseg._page import Line, Mark
+from protoseg.report import setting
+from protoseg.report.overlays import HEAT, overlay, palette
+from protoseg.report.setting import Line, Mark
 
-__all__ = ["Picture", "overlay", "write_report"]
+__all__ = ["Picture", "write_report"]
 
 _SHOWN = 6  # pictures of each kind: best, worst, without a score
 _NAMES = {
@@ -116,7 +116,7 @@ def write_report(
             links += f'<a href="#{name}">{heading}</a>'
             bodies += f'<section id="{name}"><h2>{heading}</h2>{html}</section>\n'
     head = f"<header><h1>{escape(title)}</h1>{_subtitle(metrics)}<nav>{links}</nav></header>\n"
-    _page.write(Path(path), _page.document(title, f"{head}{_cards(metrics)}\n{bodies}"))
+    setting.write(Path(path), setting.document(title, f"{head}{_cards(metrics)}\n{bodies}"))
 
 
 def _name(key: str) -> str:
@@ -148,7 +148,7 @@ def _maps(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _minus(a: object, b: object) -> float | None:
-    x, y = _page.number(a), _page.number(b)
+    x, y = setting.number(a), setting.number(b)
     return None if x is None or y is None else x - y
 
 
@@ -157,7 +157,7 @@ def _plain(names: Iterable[str]) -> str:  # what the other maps are compared wit
 
 
 def _memory(metrics: Mapping[str, Any]) -> str | None:
-    memory = _page.number(metrics.get("peak_memory_mb"))
+    memory = setting.number(metrics.get("peak_memory_mb"))
     return None if memory is None else f"{memory:,.0f} MB"
 
 
@@ -172,19 +172,19 @@ def _cards(metrics: Mapping[str, Any]) -> str:
     """The few numbers that a reader wants first."""
     cards = []
     for split, maps in _maps(metrics).items():
-        known = {key: miou for key in maps if (miou := _page.number(maps[key].get("miou"))) is not None}
+        known = {key: miou for key in maps if (miou := setting.number(maps[key].get("miou"))) is not None}
         if known:
             best = max(known, key=lambda key: known[key])
             plain = _plain(known)
             over = _minus(known[best], known.get(plain))
-            note = "" if over is None or best == plain else f"<br>{_page.difference(over)} over {_name(plain)}"
-            cards.append((_name(best), _page.percent(known[best]), f"mIoU, {_name(split)}{note}"))
+            note = "" if over is None or best == plain else f"<br>{setting.difference(over)} over {_name(plain)}"
+            cards.append((_name(best), setting.percent(known[best]), f"mIoU, {_name(split)}{note}"))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, key).items():
-            cards.append((heading, _page.percent(values.get("miou")), f"mIoU, {_name(split)}"))
-    if _page.number(metrics.get("seconds")) is not None:
+            cards.append((heading, setting.percent(values.get("miou")), f"mIoU, {_name(split)}"))
+    if setting.number(metrics.get("seconds")) is not None:
         memory = _memory(metrics)
-        cards.append(("Time", _page.duration(metrics["seconds"]), f"{memory} at the peak" if memory else ""))
+        cards.append(("Time", setting.duration(metrics["seconds"]), f"{memory} at the peak" if memory else ""))
     html = "".join(f'<div class="card"><h3>{h}</h3><b>{v}</b><small>{note}</small></div>' for h, v, note in cards)
     return f'<div class="cards">{html}</div>' if html else ""
 
@@ -192,25 +192,25 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 def _results(metrics: Mapping[str, Any]) -> str:
     rows, plain = [], _plain({key for maps in _maps(metrics).values() for key in maps})
     for split, maps in _maps(metrics).items():
-        scores = [_page.number(value.get("miou")) for value in maps.values()]
+        scores = [setting.number(value.get("miou")) for value in maps.values()]
         top = max((score for score in scores if score is not None), default=None)
         for i, (key, value) in enumerate(maps.items()):
             blind = value.get("miou_mask_free")
             over = None if key == plain else _minus(scores[i], maps.get(plain, {}).get("miou"))
             cells = (
-                _page.percent(scores[i]),
-                _page.difference(over),
-                _page.fixed(value.get("threshold")),
-                _page.percent(blind),
-                _page.fixed(value.get("threshold_mask_free")),
-                _page.difference(_minus(blind, scores[i])),
-                _page.fixed(value.get("contrast")),
+                setting.percent(scores[i]),
+                setting.difference(over),
+                setting.fixed(value.get("threshold")),
+                setting.percent(blind),
+                setting.fixed(value.get("threshold_mask_free")),
+                setting.difference(_minus(blind, scores[i])),
+                setting.fixed(value.get("contrast")),
             )
             best = scores[i] is not None and scores[i] == top
             rows.append(_result(split if i == 0 else "", _dot(_colour(key)) + _name(key), cells, best))
     for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
         for split, values in _part(metrics, key).items():
-            rows.append(_result(split, heading, (_page.percent(values.get("miou")), *[_page.DASH] * 6)))
+            rows.append(_result(split, heading, (setting.percent(values.get("miou")), *[setting.DASH] * 6)))
     if not rows:
         return ""
     return (
@@ -240,14 +240,14 @@ def _result(split: str, heading: str, cells: Sequence[str], best: bool = False) 
 def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     figures, noisy = "", False
     for name, curve in history.items():
-        points = _page.finite(curve)
+        points = setting.finite(curve)
         points = points[:: 1 + len(points) // 2000]  # more could not be told apart, and would swell the file
         if points:
             lines = [Line(points, _COLOURS["pacam"])]
             if len(points) > 60:
                 noisy = True
-                lines = [Line(points, _COLOURS["pacam"], True), Line(_page.smooth(points), _COLOURS["pacam"])]
-            svg = _page.plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
+                lines = [Line(points, _COLOURS["pacam"], True), Line(setting.smooth(points), _COLOURS["pacam"])]
+            svg = setting.plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
             figures += f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>"
     note = "<p>Pale: logged values. Full: their moving average.</p>" if noisy else ""
     return f'{note}<div class="plots">{figures}</div>' if figures else ""
@@ -258,16 +258,16 @@ def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], chosen: Mapping
     for split, maps in sweeps.items():
         lines, marks = [], []
         for key, (thresholds, miou) in maps.items():
-            points = [(t, 100 * y) for t, y in _page.finite(zip(thresholds, miou, strict=True))]
+            points = [(t, 100 * y) for t, y in setting.finite(zip(thresholds, miou, strict=True))]
             if points:
                 lines.append(Line(points, _colour(key)))
             value = chosen.get(split, {}).get(key, {})
             for suffix in ("", "_mask_free"):
-                x, y = _page.number(value.get(f"threshold{suffix}")), _page.number(value.get(f"miou{suffix}"))
+                x, y = setting.number(value.get(f"threshold{suffix}")), setting.number(value.get(f"miou{suffix}"))
                 if x is not None and y is not None:
                     marks.append(Mark(x, 100 * y, _colour(key), filled=not suffix))
         if lines:
-            svg = _page.plot(lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9))
+            svg = setting.plot(lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9))
             figures += f"<figure><figcaption>mIoU in percent, {_name(split)} pictures</figcaption>{svg}</figure>"
     if not figures:
         return ""
@@ -301,18 +301,18 @@ def _classes(metrics: Mapping[str, Any]) -> str:
 
 
 def _bar(colour: str, value: object) -> str:
-    width = 100 * min(max(_page.number(value) or 0, 0), 1)
+    width = 100 * min(max(setting.number(value) or 0, 0), 1)
     filled = f'<i style="width:{width:.1f}%;background:{colour}"></i>'
-    return f'<div class="bar"><i>{filled}</i><span>{_page.percent(value)}</span></div>'
+    return f'<div class="bar"><i>{filled}</i><span>{setting.percent(value)}</span></div>'
 
 
 def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
-    scored = [(score, p) for p in pictures if (score := _page.number(p.score)) is not None]
+    scored = [(score, p) for p in pictures if (score := setting.number(p.score)) is not None]
     ranked = [p for _, p in sorted(scored, key=lambda pair: -pair[0])]
     groups = {
         "Best": ranked[: min(_SHOWN, (len(ranked) + 1) // 2)],
         "Worst": ranked[::-1][: min(_SHOWN, len(ranked) // 2)],
-        "Without a score": [p for p in pictures if _page.number(p.score) is None][:_SHOWN],
+        "Without a score": [p for p in pictures if setting.number(p.score) is None][:_SHOWN],
     }
     shown = [p for group in groups.values() for p in group]
     if not shown:
@@ -342,17 +342,17 @@ def _picture(picture: Picture, columns: Sequence[str]) -> str:
     layers = _layers(picture)
     cells = f"<td>{_image(picture.image, f'{picture.id}: image')}</td>"
     for name in columns:
-        shown = _page.DASH
+        shown = setting.DASH
         if name in layers:
             shown = _image(overlay(picture.image, layers[name]), f"{picture.id}: {name}")
         cells += f"<td>{shown}</td>"
     tags = "".join(f"<span>{escape(str(tag))}</span>" for tag in picture.tags)
-    head = f"<b>{_page.percent(picture.score)}</b><code>{escape(picture.id)}</code>{tags}"
+    head = f"<b>{setting.percent(picture.score)}</b><code>{escape(picture.id)}</code>{tags}"
     return f'<tr><th class="row" colspan="{len(columns) + 1}">{head}</th></tr><tr>{cells}</tr>'
 
 
 def _image(image: Tensor, label: str) -> str:
-    return f'<img alt="{escape(label)}" src="{_page.data_uri(image)}">'
+    return f'<img alt="{escape(label)}" src="{setting.data_uri(image)}">'
 
 
 def _picture_legend(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
@@ -373,7 +373,7 @@ def _run(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     facts = {
         "method": metrics.get("method"),
         "seed": metrics.get("seed"),
-        "time": None if metrics.get("seconds") is None else _page.duration(metrics["seconds"]),
+        "time": None if metrics.get("seconds") is None else setting.duration(metrics["seconds"]),
         "peak memory": _memory(metrics),
         **(metrics.get("versions") or {}),
     }
