@@ -75,12 +75,12 @@ def made(task: Mapping[str, Any]) -> Made:
 def cosines(found: Tensor, planted: Tensor) -> dict[str, float]:
     """Mean cosine of prototypes and planted ones; the same less the mean of all prototypes, and the least of these."""
     raw = (unit(found) * planted).sum(-1)
-    centred = (unit(found - found.mean(0)) * unit(planted - planted.mean(0))).sum(-1)
-    return {"raw": raw.mean().item(), "centred": centred.mean().item(), "least": centred.min().item()}
+    centered = (unit(found - found.mean(0)) * unit(planted - planted.mean(0))).sum(-1)
+    return {"raw": raw.mean().item(), "centered": centered.mean().item(), "least": centered.min().item()}
 
 
 def open_published(folder: str) -> Callable[..., Tensor]:
-    """Load the optimisation of the published script, without what it needs only to read pictures."""
+    """Load the optimization of the published script, without what it needs only to read pictures."""
     for name in ("clip", "torchvision", "torchvision.datasets"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["torchvision"].datasets = sys.modules["torchvision.datasets"]  # type: ignore[attr-defined]
@@ -89,8 +89,8 @@ def open_published(folder: str) -> Callable[..., Tensor]:
         raise SystemExit("--published: no main.py there")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    optimise: Callable[..., Tensor] = module.image_opt
-    return optimise
+    optimize: Callable[..., Tensor] = module.image_opt
+    return optimize
 
 
 def clocks() -> tuple[float, float]:
@@ -138,7 +138,7 @@ def race(task: Mapping[str, Any]) -> dict[str, Any]:
     """Time of the published schedule, and of fits with more and more steps until one has reached its KL.
 
     Both get the same target. The published code makes one class certain where its share is above a bound; the bound is
-    set to what no share is above, so that it minimises the same KL. Its time is that of its loop alone, that of a fit
+    set to what no share is above, so that it minimizes the same KL. Its time is that of its loop alone, that of a fit
     everything from construction on.
     """
     small = {**task, "n": 64}
@@ -148,14 +148,14 @@ def race(task: Mapping[str, Any]) -> dict[str, Any]:
     _, whole = fitted(data, task)
     published: list[dict[str, Any]] = []
     if task["published"] is not None:
-        optimise = open_published(task["published"])
+        optimize = open_published(task["published"])
         learner = new(data, task)
         with torch.no_grad():
             target = learner(data.features, data.labels if task["with_tags"] else None).target
-        optimise(warm.features, learner.text.T, target[: len(warm.features)], 10, 2, task["temperatures"][1], 2.0)
+        optimize(warm.features, learner.text.T, target[: len(warm.features)], 10, 2, task["temperatures"][1], 2.0)
         for steps in task["steps"]:
             begin = clocks()
-            found = optimise(data.features, learner.text.T, target, 10, steps, task["temperatures"][1], 2.0)
+            found = optimize(data.features, learner.text.T, target, 10, steps, task["temperatures"][1], 2.0)
             published.append({"steps": steps, **since(begin), **quality(data, task, found.T)})
     tries: list[dict[str, Any]] = []
     most = 8

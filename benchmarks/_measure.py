@@ -38,7 +38,7 @@ def row(what: str, values: Sequence[float], unit: str = "ms") -> Row:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Ratios of neighbours in time."""
+    """Ratios of neighbors in time."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
@@ -85,10 +85,10 @@ def wait(device: torch.device) -> None:
 def full_bank(classes: int, dim: int, capacity: int, device: torch.device, **options: Any) -> ContextPrototypeBank:
     """Make a bank whose rings are full and whose contexts are fresh, and which refreshes them only when told."""
     bank = ContextPrototypeBank(classes, dim, capacity=capacity, refresh_every=NEVER, device=device, **options)
-    bank.bank.normal_().relu_()
-    bank.count.fill_(capacity)
+    bank.memory.instances.normal_().relu_()
+    bank.stored.fill_(capacity)
     bank.refresh()
-    bank.step.fill_(1)
+    bank.memory.step.fill_(1)
     return bank
 
 

@@ -46,11 +46,11 @@ PAPER = "the paper's words (ContextPrototypeBank.paper)"
 MANY: dict[str, Any] = {"num_contexts": 10, "temperature": 0.3}
 PARTS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "score: standardised features (diagonal)": {"score": "diagonal"},
+    "score: standardized features (diagonal)": {"score": "diagonal"},
     "score: the whole covariance (whitened)": {"score": "whitened"},
     "score: features less their mean (dot)": {"score": "dot"},
     "score: cosine, which drops the features' length": {"score": "cosine"},
-    "centring": {"centre": False},
+    "centering": {"center": False},
     "repeated estimate: instances where the CAM is": {"locate": "cam"},
     "background contexts: one background prototype an image": {"background": "image"},
     "background: none, the plain 1 - max": {"background": "one_minus_max"},
@@ -161,7 +161,7 @@ def ablate(folder: Path) -> dict[str, Any]:
     return found
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Collect every figure over the seeds."""
     summary: dict[str, Any] = {"maps": {}, "per_class": {}, "parts": {}}
     for method, metrics in runs.items():
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             metrics.append(run(args.runs / name / f"{method}-{seed}", method, seed, args))
     folders = [args.runs / name / f"cpal-{seed}" for seed in args.seeds]
     parts = [] if args.no_parts else [ablate(folder) for folder in folders]
-    summary = summarise(runs, parts)
+    summary = summarize(runs, parts)
     head = [] if args.head == "cam" else ["--head", args.head]
     given = ["--name", args.name] if args.name else []
     given += head + ["--ceiling"] * args.ceiling

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 NARROW = ["--npr-options", "bandwidth=0.1"]  # the class's default; that of "tiny" is 0.3
-# Flags of the trainer by variant. "npr" is what the paper compares; "remedies" change how both regularisers work;
+# Flags of the trainer by variant. "npr" is what the paper compares; "remedies" change how both regularizers work;
 # "parts" put one part of the paper in the place of what "tiny" has.
 SETS: dict[str, dict[str, list[str]]] = {
     "npr": {name: ["--npr", name] for name in ("none", "image", "text", "both")},
@@ -92,7 +92,7 @@ def train(job: tuple[Path, list[str]]) -> None:
 HELD: dict[str, Any] = {}  # by name, as all runs of a process have pictures of the same size
 
 
-def summarise(folder: Path, wanted: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(folder: Path, wanted: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Collect every figure over the seeds."""
     summary: dict[str, Any] = {"variants": {}}
     for name in wanted:
@@ -119,7 +119,7 @@ def markdown(name: str, command: str, seeds: Sequence[int], summary: dict[str, A
     text += (
         f"background everywhere {trivial['background']:.3f}, random parts {trivial['regions']:.3f}, a true tag in a "
     )
-    text += f"centred disc {trivial['disc']:.3f}.\n"
+    text += f"centered disc {trivial['disc']:.3f}.\n"
     found = summary["variants"]
     plain = found.get("none")  # what every variant is compared with, seed by seed
     for each in sets:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if missing:
         with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
             pool.map(train, missing, chunksize=1)
-    summary = summarise(args.runs / name, list(wanted), args.seeds)
+    summary = summarize(args.runs / name, list(wanted), args.seeds)
     flags = ["--", *args.flags] if args.flags else []
     command = " ".join(["python benchmarks/accuracy_pgseg.py --data", shown, "--sets", *args.sets, *flags])
     summary |= {"command": command, "seeds": args.seeds}

@@ -1,4 +1,4 @@
-"""VPL: maps by text, centred text and vision prototypes, and what regional contrast is worth, over seeds.
+"""VPL: maps by text, centered text and vision prototypes, and what regional contrast is worth, over seeds.
 
     python benchmarks/accuracy_vpl.py                                        # on made scenes
     python benchmarks/accuracy_vpl.py --data ../shared/data/msrc15 --sets maps -- --size 96 --clip-size 96
@@ -25,7 +25,7 @@ from accuracy import show, spread, table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-MAPS = ("text", "text_centred", "vision", "vision_affinity")
+MAPS = ("text", "text_centered", "vision", "vision_affinity")
 
 
 class Variant(NamedTuple):
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 ONLY_MAPS = ["--stages", "prototypes", "seeds"]
 CLEAN = "as CLIP knows them"
 VARIANTS: dict[str, dict[str, Variant]] = {
-    "maps": {CLEAN: Variant([]), "colours permuted": Variant(["--shift", "channels"])},
+    "maps": {CLEAN: Variant([]), "colors permuted": Variant(["--shift", "channels"])},
     "prompts": {
         "no background prompts": Variant(["--no-background", *ONLY_MAPS]),
         "without tags": Variant(["--no-fit-tags", *ONLY_MAPS]),
@@ -46,14 +46,14 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "vision temperature four times": Variant(["--ratio", "4", *ONLY_MAPS]),
     },
 }
-SHIFTED = "colours permuted"
+SHIFTED = "colors permuted"
 # Flags of the decoder or the seeds, and the base; each is run without regional contrast as well.
 SETTINGS: dict[str, tuple[list[str], str | None]] = {
     "default": ([], CLEAN),
     "twice as wide and deep a decoder": (["--decoder-dim", "128", "--decoder-depth", "4"], CLEAN),
     "noisy seeds (text, not refined)": (["--seed-map", "text", "--refine", "none"], CLEAN),
     "100 pictures": (["--train-scenes", "100", "--epochs", "40"], None),
-    "colours permuted": ([], SHIFTED),
+    "colors permuted": ([], SHIFTED),
 }
 # Flags of the contrast, on the default setting.
 KINDS = {
@@ -130,7 +130,7 @@ def read(folder: Path, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return [json.loads((path_of(folder, name, seed) / "metrics.json").read_text("utf-8")) for seed in seeds]
 
 
-def summarise(folder: Path, sets: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(folder: Path, sets: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Collect the figures of each set over the seeds."""
     summary: dict[str, Any] = {}
     for each in sets:
@@ -142,7 +142,7 @@ def summarise(folder: Path, sets: Sequence[str], seeds: Sequence[int]) -> dict[s
                 for key in MAPS:
                     entry[f"{key} {split}"] = spread(run["maps"][split][key]["miou"] for run in runs)
                 entry[f"segmentation {split}"] = spread(run["segmentation"].get(split, {}).get("miou") for run in runs)
-                for other in ("text", "text_centred"):
+                for other in ("text", "text_centered"):
                     maps = [run["maps"][split] for run in runs]
                     entry[f"vision over {other} {split}"] = spread(m["vision"]["miou"] - m[other]["miou"] for m in maps)
             entry["pseudo masks"] = spread(run["pseudo_masks"]["train"].get("miou") for run in runs)
@@ -159,13 +159,13 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     text += "mIoU at the best threshold. Segmentation: the decoder, `eval` without tags, `train` with tags.\n\n"
     trivial = {key: f"{value:.3f}" for key, value in summary["trivial"].items()}
     text += f"Masks that know nothing of the picture (unseen pictures): background everywhere {trivial['background']}, "
-    text += f"a true tag everywhere {trivial['tag']}, a true tag in a centred ellipse {trivial['disc']}.\n"
+    text += f"a true tag everywhere {trivial['tag']}, a true tag in a centered ellipse {trivial['disc']}.\n"
     for each in ("maps", "prompts"):
         if each not in summary:
             continue
         for split in ("eval", "train"):
             columns = [*(f"{key} {split}" for key in MAPS), f"vision over text {split}"]
-            columns += [f"vision over text_centred {split}", f"segmentation {split}"]
+            columns += [f"vision over text_centered {split}", f"segmentation {split}"]
             rows = [[key, *(show(entry[column]) for column in columns)] for key, entry in summary[each].items()]
             text += f"\n## {each}, {split}\n\n" + table([each, *columns], rows)
     if "contrast" in summary:
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run_all({**bases, **wanted}, args, args.runs / name)
     flags = ["--", *args.flags] if args.flags else []
     command = " ".join(["python benchmarks/accuracy_vpl.py --data", shown, "--sets", *args.sets, *flags])
-    summary = {**summarise(args.runs / name, args.sets, args.seeds), "command": command, "seeds": args.seeds}
+    summary = {**summarize(args.runs / name, args.sets, args.seeds), "command": command, "seeds": args.seeds}
     args.output.mkdir(parents=True, exist_ok=True)
     page = args.output / f"accuracy-vpl-{name}"
     page.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--quick] [--threads N] [--batch N] [--device cpu|cuda] [--output FOLDER]
 
 Writes ``speed.json`` and ``speed.md``. Compared things run in turn (A B A B) and a ratio is the median of the ratios of
-neighbours, so that a machine that slows down slows both. Spread is given as quartiles.
+neighbors, so that a machine that slows down slows both. Spread is given as quartiles.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure_step(sizes: Sizes, device: torch.device) -> dict[str, Any]:
 
     def cycle() -> None:
         bank.refresh_every = every
-        bank.step.zero_()
+        bank.memory.step.zero_()
         for _ in range(every):
             step()
         bank.refresh_every = NEVER
@@ -150,13 +150,13 @@ def measure_oracle(sizes: Sizes, dim: int, device: torch.device) -> dict[str, An
     # The loops make their tensors on the default device.
     with contextlib.nullcontext() if device.type == "cpu" else device:
         loops = LoopBank(**{name: options[name] for name in inspect.signature(LoopBank).parameters if name in options})
-        loops.rings = [list(ring) for ring in bank.bank.clone()]
+        loops.rings = [list(ring) for ring in bank.memory.instances.clone()]
         loops.written = [sizes.capacity for _ in loops.rings]
         loops.contexts = [
             {i: contexts[i] for i in valid.nonzero().flatten().tolist()}
-            for contexts, valid in zip(bank.contexts.clone(), bank.context_valid, strict=True)
+            for contexts, valid in zip(bank.memory.contexts.clone(), bank.memory.context_valid, strict=True)
         ]
-        loops.shift, loops.midpoint, loops.step = list(bank.shift.clone()), bank.midpoint.clone(), 1
+        loops.shift, loops.midpoint, loops.step = list(bank.memory.shift.clone()), bank.memory.midpoint.clone(), 1
         ours, theirs = bank(*inputs), loops(*inputs)
         difference = (ours.pacam - theirs.pacam).detach().abs().max().item()
         calls = {"bank": training_step(bank, inputs), "loops": training_step(loops, inputs)}
@@ -177,9 +177,9 @@ def draw_points(kind: str, shape: tuple[int, int, int], clusters: int, generator
     if kind == "noise":
         return noise
     if kind == "blobs":
-        centres = torch.randn(classes, clusters, dim, generator=generator)
+        centers = torch.randn(classes, clusters, dim, generator=generator)
         member = torch.randint(clusters, (classes, count, 1), generator=generator)
-        return centres.gather(1, member.expand_as(noise)) + 0.7 * noise
+        return centers.gather(1, member.expand_as(noise)) + 0.7 * noise
     axes, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
     spectrum = torch.arange(1, dim + 1).rsqrt()
     return torch.relu(0.3 * torch.randn(classes, 1, dim, generator=generator) + (noise * spectrum) @ axes)
@@ -205,7 +205,7 @@ def _cluster(kind: str, clusters: int, sizes: Sizes, device: torch.device) -> di
     for _ in range(sizes.draws):
         points = draw_points(kind, sizes.points, clusters, generator).to(device)
         arrays = [one.cpu().numpy() for one in points]
-        centres = torch.randn(len(points), clusters, points.shape[-1], device=device)
+        centers = torch.randn(len(points), clusters, points.shape[-1], device=device)
         members = torch.rand(len(points), clusters, points.shape[1], device=device)
         fits: list[list[KMeans]] = []
 
@@ -220,9 +220,9 @@ def _cluster(kind: str, clusters: int, sizes: Sizes, device: torch.device) -> di
             with threadpool_limits(1):
                 theirs()
 
-        def products(points: Tensor = points, centres: Tensor = centres, members: Tensor = members) -> None:
+        def products(points: Tensor = points, centers: Tensor = centers, members: Tensor = members) -> None:
             for _ in range(sizes.rounds):
-                torch.bmm(centres, points.transpose(1, 2))
+                torch.bmm(centers, points.transpose(1, 2))
                 torch.bmm(members, points)
 
         calls: dict[str, Call] = {"ours": ours, "theirs": theirs, "theirs alone": alone, "products": products}
@@ -231,7 +231,7 @@ def _cluster(kind: str, clusters: int, sizes: Sizes, device: torch.device) -> di
         rounds += [model.n_iter_ for fit in fits for model in fit]
         reached = [_inertia(points, [torch.from_numpy(model.cluster_centers_) for model in fit]) for fit in fits]
         found = kmeans(points, num_clusters=clusters, iterations=sizes.rounds)
-        mine = _inertia(points, [m[v] for m, v in zip(found.centres, found.valid, strict=True)])
+        mine = _inertia(points, [m[v] for m, v in zip(found.centers, found.valid, strict=True)])
         inertia.append(mine / statistics.mean(reached))
     name = f"{kind}, K={clusters}"
     speedup = row(f"{name}: scikit-learn / protoseg", ratios(times["theirs"], times["ours"]), "x")
@@ -253,9 +253,9 @@ def _cluster(kind: str, clusters: int, sizes: Sizes, device: torch.device) -> di
     }
 
 
-def _inertia(points: Tensor, centres: Sequence[Tensor]) -> float:
+def _inertia(points: Tensor, centers: Sequence[Tensor]) -> float:
     """The same sum of squared distances for both, in float64."""
-    pairs = zip(points.cpu().double(), centres, strict=True)
+    pairs = zip(points.cpu().double(), centers, strict=True)
     return sum(torch.cdist(x, m.cpu().double()).square().amin(1).sum().item() for x, m in pairs)
 
 
@@ -305,7 +305,7 @@ Written by `python benchmarks/speed.py{" --quick" if results["quick"] else ""}` 
 {versions}.
 {env["system"]}, {env["cpu_count"]} CPUs, {env["torch_threads"]} threads, load {env["load_before"]} before the run;
 device {env["device"]}, {env["dtype"]}, TF32 {"on" if env["tf32"] else "off"}. Wall-clock medians after a warm-up.
-Compared calls run in turn; a ratio is the median of the ratios of neighbours.
+Compared calls run in turn; a ratio is the median of the ratios of neighbors.
 
 {table(["what", "goal", "measured", "met"], met)}
 

@@ -146,7 +146,7 @@ def make_call(name: str, task: Task, clip: FrozenCLIP) -> Callable[[int], Any]:
     scores = (LastBlock if name == "last" else Scores)(clip, grid, prototypes)
     if name == "forward":
         return torch.no_grad()(lambda classes: scores(images))
-    # All else stays frozen, in favour of the package: its backward pass ends where Grad-CAM needs no more.
+    # All else stays frozen, in favor of the package: its backward pass ends where Grad-CAM needs no more.
     layer.requires_grad_(True)
 
     def loop(classes: int) -> Any:
@@ -239,14 +239,14 @@ device {env["device"]}, {env["dtype"]}.
 {task["model"]} with random weights, one picture of {task["side"]} px, {task["classes"]} classes and \
 {task["background"]} background prompts, maps of all classes.
 Wall-clock medians of {task["repeats"]} after a call of two classes; calls run in turn, each in a process of its own;
-a ratio is the median of the ratios of neighbours. The peak is above the process with the model.
+a ratio is the median of the ratios of neighbors. The peak is above the process with the model.
 
 {table(["what", "median", "quartiles", "peak", "pictures per second"], calls)}
 
 {table(["what", "median", "quartiles", "repeats"], [[one["what"], *spread(one)] for one in results["ratios"]])}
 
 Goal: at least {GOAL:g} times as fast as the package with the model once a class: {met}. The package's form is the
-favourable one, with all parameters frozen that Grad-CAM needs no gradient of; the last block alone is how CLIP-ES uses
+favorable one, with all parameters frozen that Grad-CAM needs no gradient of; the last block alone is how CLIP-ES uses
 it. Largest difference of the maps of two classes, scaled to between 0 and 1: {differences["package"]:.1g} and \
 {differences["last"]:.1g}.
 """

@@ -3,7 +3,7 @@
     python benchmarks/speed_fit.py [--quick] [--published FOLDER] [--parts race recovery memory] [--threads N]
         [--output FOLDER]
 
-``--published`` is a copy of the repository idstcv/InMaP, whose optimisation is run as it is; without it fit runs alone.
+``--published`` is a copy of the repository idstcv/InMaP, whose optimization is run as it is; without it fit runs alone.
 Writes ``speed-fit.json`` and ``speed-fit.md``.
 """
 
@@ -150,12 +150,12 @@ def race_tables(races: Sequence[Mapping[str, Any]]) -> str:
         for name, each in (*rows, (f"fit to the end, {whole['iterations']} steps, {whole['seconds']:.3g} s", whole)):
             cosine = each["cosine"]
             quality.append(
-                [named(one), name, f"{each['kl']:.6f}", *(f"{cosine[k]:.4f}" for k in ("raw", "centred", "least"))]
+                [named(one), name, f"{each['kl']:.6f}", *(f"{cosine[k]:.4f}" for k in ("raw", "centered", "least"))]
             )
     return (
         table(["", "published steps", "time", "KL", "fit: time", "steps", "KL", "times as fast", "by CPU time"], lines)
         + "\n\n"
-        + table(["", "prototypes", "KL", "cosine", "centred", "least centred"], quality)
+        + table(["", "prototypes", "KL", "cosine", "centered", "least centered"], quality)
     )
 
 
@@ -163,12 +163,12 @@ def recovery_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a setting."""
     lines = []
     for one in rows:
-        pairs = [f"{one[k]['raw']:.3f}, {one[k]['centred']:.3f}" for k in ("text", "least_squares")]
+        pairs = [f"{one[k]['raw']:.3f}, {one[k]['centered']:.3f}" for k in ("text", "least_squares")]
         cosine, kl = one["fit"]["cosine"], one["fit"]["kl"]
         lines.append(
             [
                 f"{one['noise']:g}", named_pair(one), "yes" if one["with_tags"] else "no", *pairs,
-                f"{cosine['raw']:.4f}, {cosine['centred']:.4f}", f"{one['planted_kl']:.4f}", f"{kl:.4f}",
+                f"{cosine['raw']:.4f}, {cosine['centered']:.4f}", f"{one['planted_kl']:.4f}", f"{kl:.4f}",
             ]
         )  # fmt: skip
     header = ["noise", "temperatures", "tags", "texts", "least squares of pictures and tags", "fit"]
@@ -205,7 +205,7 @@ picture is, up to its length, the direction of the sum of its classes' prototype
 length {sizes["gap"]:g} and an error of length {sizes["error"]:g}. So the cosines of a picture with the texts of its own
 and of another class differ by 0.09 at noise 1 and one tag, about what CLIP has, and CLIP's temperatures fit.
 
-Cosines are of found and planted prototypes, means over the classes; centred: less the mean of all prototypes.
+Cosines are of found and planted prototypes, means over the classes; centered: less the mean of all prototypes.
 
 {table(["what", "goal", "measured", "met"], met)}
 """
@@ -213,10 +213,10 @@ Cosines are of found and planted prototypes, means over the classes; centred: le
         text += f"""
 ## Time to the KL of the published schedule
 
-The optimisation of idstcv/InMaP on the CPU (full batch, rate 10, halved when the gradient grows), and fits with more
+The optimization of idstcv/InMaP on the CPU (full batch, rate 10, halved when the gradient grows), and fits with more
 and more steps until one has reached its KL: each is a fresh fit, timed from construction to result, with checks and
 target; the published time is that of its loop alone, given the target, without making shares above 0.6 certain, so that
-it minimises the same KL. A KL is reached when it is at most a millionth above. Temperatures {named_pair(sizes)}. For
+it minimizes the same KL. A KL is reached when it is at most a millionth above. Temperatures {named_pair(sizes)}. For
 both, memory is kept between calls (`{" ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())}`).
 
 {race_tables(results["race"])}
@@ -225,7 +225,7 @@ both, memory is kept between calls (`{" ".join(f"{name}={value}" for name, value
         text += f"""
 ## Planted prototypes
 
-Cosine, and centred cosine. The least squares know the tags in every case. The KL of the planted prototypes beside that
+Cosine, and centered cosine. The least squares know the tags in every case. The KL of the planted prototypes beside that
 of the fit says whether the objective itself prefers others.
 
 {recovery_table(results["recovery"])}

@@ -39,7 +39,7 @@ class Sizes:
 QUICK = Sizes(((2, 20, 64, 4), (2, 9, 64, 3)), 1, 2)
 
 
-def regularise(module: GMMPrototypeRegularizer, tokens: Tensor, groups: Tensor) -> Call:
+def regularize(module: GMMPrototypeRegularizer, tokens: Tensor, groups: Tensor) -> Call:
     """Forward and backward."""
 
     def call() -> None:
@@ -51,12 +51,12 @@ def regularise(module: GMMPrototypeRegularizer, tokens: Tensor, groups: Tensor) 
 
 def products(tokens: Tensor, count: int, iterations: int) -> Call:
     """The two matrix products of each round of the plain form, and nothing else."""
-    centres = torch.randn(len(tokens), count, tokens.shape[-1], device=tokens.device)
+    centers = torch.randn(len(tokens), count, tokens.shape[-1], device=tokens.device)
     shares = torch.rand(*tokens.shape[:2], count, device=tokens.device)
 
     def call() -> None:
         for _ in range(iterations):
-            torch.bmm(tokens, centres.transpose(1, 2))
+            torch.bmm(tokens, centers.transpose(1, 2))
             torch.bmm(shares.transpose(1, 2), tokens)
 
     return call
@@ -108,13 +108,13 @@ def published_call(network: Any, stage: int, tokens: Tensor, groups: Tensor) -> 
 
 
 def measure_stage(index: int, sizes: Sizes, published: Any, device: torch.device) -> dict[str, Any]:
-    """One stage's regulariser against everything."""
+    """One stage's regularizer against everything."""
     batch, length, dim, count = sizes.stages[index]
     tokens = torch.randn(batch, length, dim, device=device)
     groups = torch.randn(batch, count, dim, device=device, requires_grad=True)
     module = GMMPrototypeRegularizer(dim, count, device=device)
     calls: dict[str, Call] = {
-        "ours": regularise(module, tokens, groups),
+        "ours": regularize(module, tokens, groups),
         "em": lambda: em(tokens, module.mu, bandwidth=2.0),
         "products": products(tokens, count, module.iterations),
     }
@@ -122,7 +122,7 @@ def measure_stage(index: int, sizes: Sizes, published: Any, device: torch.device
         calls["published"] = published_call(published, index, tokens, groups)
     times = timed(calls, device, sizes.repeats)
     rows = [
-        row("regulariser: forward, backward, update", times["ours"]),
+        row("regularizer: forward, backward, update", times["ours"]),
         row("EM alone", times["em"]),
         row(f"limit of the plain form: the two products of {module.iterations} rounds", times["products"]),
         row("EM alone / the plain form's products", ratios(times["em"], times["products"]), "x"),
@@ -130,13 +130,13 @@ def measure_stage(index: int, sizes: Sizes, published: Any, device: torch.device
     if published is not None:
         rows += [
             row("published: EM, matching, loss, forward and backward", times["published"]),
-            row("published / regulariser", ratios(times["published"], times["ours"]), "x"),
+            row("published / regularizer", ratios(times["published"], times["ours"]), "x"),
         ]
     return {"sizes": {"B": batch, "L": length, "D": dim, "K": count}, "rows": rows}
 
 
 def measure_step(sizes: Sizes, quick: bool, device: torch.device) -> dict[str, Any]:
-    """The share of both stages' regularisers in a training step of the network."""
+    """The share of both stages' regularizers in a training step of the network."""
     import dataclasses
 
     from protoseg.models.pgseg.grouping import PRESETS, GroupingEncoder
@@ -158,13 +158,13 @@ def measure_step(sizes: Sizes, quick: bool, device: torch.device) -> dict[str, A
     for length, count in zip(lengths, config.groups, strict=False):
         tokens = torch.randn(sizes.step_batch, length, config.dim, device=device)
         groups = torch.randn(sizes.step_batch, count, config.dim, device=device, requires_grad=True)
-        parts.append(regularise(GMMPrototypeRegularizer(config.dim, count, device=device), tokens, groups))
+        parts.append(regularize(GMMPrototypeRegularizer(config.dim, count, device=device), tokens, groups))
     times = timed({"step": step, "npr": lambda: [part() for part in parts]}, device, sizes.repeats)
     return {
         "sizes": {"batch": sizes.step_batch, "image": config.image_size},
         "rows": [
             row("image encoder of vit-s: forward, backward, AdamW", times["step"]),
-            row("the regularisers of both stages", times["npr"]),
+            row("the regularizers of both stages", times["npr"]),
             row("their share", [100 * r for r in ratios(times["npr"], times["step"])], "%"),
         ],
     }
@@ -180,12 +180,12 @@ def markdown(results: dict[str, Any]) -> str:
             ["what", "median", "quartiles", "repeats"], [[one["what"], *spread(one)] for one in section["rows"]]
         )
 
-    text = f"""# Speed of the PGSeg regulariser
+    text = f"""# Speed of the PGSeg regularizer
 
 Written by `python benchmarks/speed_pgseg.py{" --quick" if results["quick"] else ""}`. {versions}.
 {env["system"]}, {env["cpu_count"]} CPUs, {env["torch_threads"]} threads, load {env["load_before"]} before the run;
 device {env["device"]}, {env["dtype"]}. Wall-clock medians after a warm-up; compared calls run in turn, and a ratio is
-the median of the ratios of neighbours. "Published" is the code of Ferenas/PGSeg, without its mapping MLP.
+the median of the ratios of neighbors. "Published" is the code of Ferenas/PGSeg, without its mapping MLP.
 """
     for stage in results["stages"]:
         sizes = ", ".join(f"{name}={value}" for name, value in stage["sizes"].items())

@@ -36,7 +36,7 @@ class Pictures(Dataset[Sample]):
     Attributes:
         classes: Names of the foreground classes.
         broken: What ``skip_broken`` left out: id and reason.
-        channels: Order in which colour channels are given out, to make another domain of the pictures.
+        channels: Order in which color channels are given out, to make another domain of the pictures.
     """
 
     def __init__(self, source: Scenes | VOCFolder, *, keep: int = 3000, skip_broken: bool = False) -> None:
@@ -103,16 +103,16 @@ class Crops(Dataset[dict[str, Tensor]]):
     """Random crops for training that depend on seed, epoch and picture only: a resumed run sees the same ones.
 
     A crop covers a random share of the picture's area at a random aspect ratio, is resized to a square, mirrored half
-    of the time, and its brightness, contrast and saturation are changed by up to ``colour``.
+    of the time, and its brightness, contrast and saturation are changed by up to ``color``.
 
     Args:
         pictures: What to crop.
         size: Side of the square in pixels.
         seed: Seed of the run.
         share: Smallest and largest share of the area.
-        colour: Largest change, 0..1.
+        color: Largest change, 0..1.
         masks: Gives a sample's mask ``[H, W]`` to crop along, for a segmentation network.
-        mean: What is subtracted from the colours in 0..1, ``[3, 1, 1]``.
+        mean: What is subtracted from the colors in 0..1, ``[3, 1, 1]``.
         std: What they are divided by then.
     """
 
@@ -123,12 +123,12 @@ class Crops(Dataset[dict[str, Tensor]]):
         *,
         seed: int,
         share: tuple[float, float] = (0.3, 1.0),
-        colour: float = 0.3,
+        color: float = 0.3,
         masks: Callable[[Sample], Tensor] | None = None,
         mean: Tensor = MEAN,
         std: Tensor = STD,
     ) -> None:
-        self.pictures, self.size, self.seed, self.share, self.colour = pictures, size, seed, share, colour
+        self.pictures, self.size, self.seed, self.share, self.color = pictures, size, seed, share, color
         self.masks, self.mean, self.std = masks, mean, std
         self.epoch = 0
 
@@ -145,7 +145,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         top, left = int((height - h + 1) * draw[2]), int((width - w + 1) * draw[3])
         window = (slice(top, top + h), slice(left, left + w))
         image = resize(sample.image[:, window[0], window[1]], (self.size, self.size))
-        image = (self._recolour(image / 255, draw[5:]) - self.mean) / self.std
+        image = (self._recolor(image / 255, draw[5:]) - self.mean) / self.std
         mirrored = draw[4] < 0.5
         item = {"images": image.flip(-1) if mirrored else image, "labels": sample.labels}
         if self.masks is not None:
@@ -154,12 +154,12 @@ class Crops(Dataset[dict[str, Tensor]]):
             item["masks"] = mask.flip(-1) if mirrored else mask
         return item
 
-    def _recolour(self, image: Tensor, draw: Sequence[float]) -> Tensor:
-        bright, contrast, saturation = (1 + self.colour * (2 * each - 1) for each in draw)
+    def _recolor(self, image: Tensor, draw: Sequence[float]) -> Tensor:
+        bright, contrast, saturation = (1 + self.color * (2 * each - 1) for each in draw)
         image = image * bright
         image = image.mean() + contrast * (image - image.mean())
-        grey = image.mean(0, keepdim=True)
-        return (grey + saturation * (image - grey)).clamp(0, 1)
+        gray = image.mean(0, keepdim=True)
+        return (gray + saturation * (image - gray)).clamp(0, 1)
 
 
 class Shuffle(Sampler[int]):
@@ -188,16 +188,16 @@ def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 255)
 
 
-def normalise(image: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
+def normalize(image: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
     """Shift and scale ``[3, H, W]`` in 0..1 by a mean and a deviation ``[3, 1, 1]``, of ImageNet where not given."""
     return (image - mean) / std
 
 
 def scaled_image(image: Tensor, side: int, multiple: int = 8, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
-    """Resize a picture to the area of a square, keeping its shape, and normalise it: ``[1, 3, H, W]``."""
+    """Resize a picture to the area of a square, keeping its shape, and normalize it: ``[1, 3, H, W]``."""
     scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
     size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]
-    return normalise(resize(image, size) / 255, mean, std)[None]
+    return normalize(resize(image, size) / 255, mean, std)[None]
 
 
 def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:

@@ -68,8 +68,8 @@ def encoder(network: Head) -> Backbone | None:
     return None if isinstance(backbone, TimmTransformer) else backbone
 
 
-def colours(network: Head) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[3, 1, 1]`` of colours in 0..1, as the network's backbone wants them."""
+def colors(network: Head) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[3, 1, 1]`` of colors in 0..1, as the network's backbone wants them."""
     mean, std = (torch.tensor(each)[:, None, None] for each in (network.backbone.mean, network.backbone.std))
     return mean, std
 

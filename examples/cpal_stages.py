@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from common import MEAN, STD, Pictures, scaled_image, seeded
-from cpal_heads import Head, colours, reader
+from cpal_heads import Head, colors, reader
 from pseudo_masks import enlarge, named, score_maps, shard
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,7 +34,7 @@ class Network(NamedTuple):
 def infer(network: Head, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
     multiple = network.backbone.multiple
-    mean, std = colours(network)
+    mean, std = colors(network)
     image = scaled_image(sample.image, args.size, multiple, mean, std).to(accelerator.device)
 
     labels = sample.labels[None].to(accelerator.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import normalise, resize, seeded
+from common import normalize, resize, seeded
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -33,7 +33,7 @@ class TagPairs(Dataset[Pair]):
 
 
 def random_view(image: Tensor, side: int, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """Crop a random part of a picture, mirror it half of the time and normalise it: ``[3, side, side]``.
+    """Crop a random part of a picture, mirror it half of the time and normalize it: ``[3, side, side]``.
 
     Args:
         image: ``[3, H, W]`` uint8.
@@ -46,7 +46,7 @@ def random_view(image: Tensor, side: int, share: float, generator: torch.Generat
     area, ratio = height * width * (share + (1 - share) * draw[0]), (3 / 4) ** ((1 - 2 * draw[1]) * (share < 1))
     h, w = min(height, max(1, round((area / ratio) ** 0.5))), min(width, max(1, round((area * ratio) ** 0.5)))
     top, left = int((height - h + 1) * draw[2]), int((width - w + 1) * draw[3])
-    view = normalise(resize(image[:, top : top + h, left : left + w], (side, side)) / 255)
+    view = normalize(resize(image[:, top : top + h, left : left + w], (side, side)) / 255)
     return view.flip(-1) if draw[4] < 0.5 else view
 
 

@@ -18,7 +18,7 @@ from protoseg.data import Sample
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep, prototype_diagnostics
 from protoseg.models.pgseg.grouping import StageOutput
 from protoseg.models.pgseg.network import PGSeg
-from protoseg.models.pgseg.zeroshot import Score, group_maps, normalised, segment
+from protoseg.models.pgseg.zeroshot import Score, group_maps, normalized, segment
 from protoseg.report import Picture
 
 
@@ -77,7 +77,7 @@ def groups(model: PGSeg, pictures: Pictures, accelerator: Accelerator) -> dict[s
     for index in range(accelerator.process_index, len(pictures), accelerator.num_processes):
         sample = pictures[index]
         side = model.config.test_side
-        pixels = normalised(sample.image.to(accelerator.device), (side, side))
+        pixels = normalized(sample.image.to(accelerator.device), (side, side))
         _, encoded = model.encode_image(pixels)
         if sample.mask is not None:
             owner = group_maps(encoded, sample.mask.shape)[0].argmax(0).cpu()
@@ -122,7 +122,7 @@ def panels(model: PGSeg, pictures: Pictures, setting: Setting, threshold: float,
         ).mask.cpu()  # fmt: skip
         side = model.config.test_side
         with torch.no_grad():
-            _, encoded = model.encode_image(normalised(sample.image.to(mask.device), (side, side)))
+            _, encoded = model.encode_image(normalized(sample.image.to(mask.device), (side, side)))
         group = group_maps(encoded, sample.image.shape[-2:])[0].argmax(0).cpu()
         score = None
         if sample.mask is not None:

@@ -127,7 +127,7 @@ def seed_threshold(maps: Mapping[str, Any], args: argparse.Namespace) -> float:
 def refine(
     pictures: Pictures, found: Mapping[str, Any], args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Refine the seeds by the pictures' colours, write the pseudo masks and score them where there are masks."""
+    """Refine the seeds by the pictures' colors, write the pseudo masks and score them where there are masks."""
     refiner, threshold = load_refiner(args.refine), seed_threshold(found["maps"], args)
     confusion = ConfusionMatrix(len(pictures.classes))
     by_picture: dict[str, float] = {}
@@ -226,7 +226,7 @@ def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float
     """Score masks that know nothing of the picture, which a network has to beat.
 
     ``background`` is background everywhere; ``regions`` cuts a picture at random and gives each part a random class;
-    ``tag`` gives every pixel a true tag of the picture; ``disc`` puts that into a centred disc, in pictures that are
+    ``tag`` gives every pixel a true tag of the picture; ``disc`` puts that into a centered disc, in pictures that are
     not square an ellipse, of the radius that is best on the tuning pictures.
     """
     classes, generator = len(test.classes), torch.Generator().manual_seed(0)
@@ -240,8 +240,8 @@ def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float
             y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
             mask = torch.zeros_like(sample.mask)
             if kind == "regions":
-                centres = 2 * torch.rand(2, regions, 1, 1, generator=generator) - 1
-                owner = ((y - centres[0]).square() + (x - centres[1]).square()).argmin(0)
+                centers = 2 * torch.rand(2, regions, 1, 1, generator=generator) - 1
+                owner = ((y - centers[0]).square() + (x - centers[1]).square()).argmin(0)
                 mask = torch.randint(classes + 1, (regions,), generator=generator)[owner].to(mask.dtype)
             elif kind == "disc" and sample.labels.any():
                 tags = sample.labels.nonzero().flatten()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from protoseg.clip import FrozenCLIP
 from protoseg.data import ScenePairs, Scenes, VOCFolder
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalises by
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalizes by
 CONTEXT = 32  # most tokens of a caption
 FORM = 1  # to be raised with every change of network or training, so that no older file is taken
 

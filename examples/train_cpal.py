@@ -40,7 +40,7 @@ from common import (
     open_pictures,
     write_json,
 )
-from cpal_heads import HEADS, begin, build, colours, encoder, first_masks, first_results, losses
+from cpal_heads import HEADS, begin, build, colors, encoder, first_masks, first_results, losses
 from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
 from flags import add_shared, check_counts, check_threshold
 from progress import Plan, Progress
@@ -220,7 +220,7 @@ def classify(
     masks = None if args.masks is None else partial(given_mask, args=args)
     multiple = net.cam.backbone.multiple
     crop = args.crop // multiple * multiple
-    mean, std = colours(net.cam)
+    mean, std = colors(net.cam)
     share = (args.smallest_crop, 1.0)
     crops = Crops(pictures, crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)
     # Before its loss counts, the bank sees as many pictures as it remembers, in at most half of the epochs until then;
@@ -271,8 +271,8 @@ def segment(
     weights: Literal["timm"] | None = "timm" if args.weights == "timm" else None
     model = build_segmentation_network(args.segmentation, outputs, backbone=encoder(net.cam), weights=weights)
     model = model.to(accelerator.device)
-    # The encoders that segmentation_models_pytorch names want the colours of ImageNet.
-    mean, std = colours(net.cam) if args.segmentation.endswith(":backbone") else (MEAN, STD)
+    # The encoders that segmentation_models_pytorch names want the colors of ImageNet.
+    mean, std = colors(net.cam) if args.segmentation.endswith(":backbone") else (MEAN, STD)
     crop = args.crop // SIDE * SIDE
     share = (args.smallest_crop, 1.0)
     crops = Crops(pictures, crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)

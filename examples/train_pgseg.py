@@ -8,7 +8,7 @@ Many processes: ``accelerate launch examples/train_pgseg.py ...`` (torchrun take
 dashes stand before the script).
 
 ``--data`` is ``scenes``, a CSV with the columns ``path`` and ``caption``, a folder in the layout of PASCAL VOC
-(sentences are made of its tags), or webdataset shards. ``--npr`` says which prototypes regularise the groups: those of
+(sentences are made of its tags), or webdataset shards. ``--npr`` says which prototypes regularize the groups: those of
 image tokens, of words, both, or none. ``--resume`` goes on with a stopped run after its last whole epoch.
 """
 
@@ -82,9 +82,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--preset", choices=tuple(PRESETS), default="tiny")
     add("--npr", choices=("none", "image", "text", "both"), default="both")
     add("--npr-options", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of GMMPrototypeRegularizer")
-    add("--npr-start", type=float, default=0.0, help="share of the epochs before the regularisers count")
-    add("--weight-image", type=float, default=0.1, help="of the regularisers on image tokens")
-    add("--weight-text", type=float, default=0.01, help="of the regulariser on words")
+    add("--npr-start", type=float, default=0.0, help="share of the epochs before the regularizers count")
+    add("--weight-image", type=float, default=0.1, help="of the regularizers on image tokens")
+    add("--weight-text", type=float, default=0.01, help="of the regularizer on words")
     add("--weight-nouns", type=float, help="of the contrast of single nouns; 0 leaves it out")
     add(
         "--nouns",
@@ -151,7 +151,7 @@ def configure(args: argparse.Namespace, words: tuple[str, ...]) -> PGSegConfig:
 
 
 def _options(preset: Any, args: argparse.Namespace, source: str) -> dict[str, Any] | None:
-    """The regulariser's options, or None where ``--npr`` leaves it out."""
+    """The regularizer's options, or None where ``--npr`` leaves it out."""
     return {**preset, **keywords("--npr-options", args.npr_options)} if args.npr in (source, "both") else None
 
 

@@ -5,7 +5,7 @@
     accelerate launch examples/train_vpl.py --data VOC2012 --clip ViT-B-16 --pretrained openai
 
 Stages: ``prototypes`` learns them from the training pictures' features and tags; ``seeds`` writes and scores the maps
-of Grad-CAM with text prototypes (``text``), with these less their mean (``text_centred``, which any gain has to be
+of Grad-CAM with text prototypes (``text``), with these less their mean (``text_centered``, which any gain has to be
 compared with), with vision prototypes (``vision``) and that refined by affinity (``vision_affinity``); ``refine`` turns
 one of them into pseudo masks; ``segment`` trains a decoder on CLIP's frozen features with them and, with ``--rsc``,
 regional semantic contrast, and writes the final masks. Without ``--clip`` a small CLIP is first trained on made scenes
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared(parser, stages=PLAN.stages, output="runs/vpl", eval_scenes=300)
-    parser.add_argument("--shift", choices=("none", "channels"), default="none", help="channels: permute the colours")
+    parser.add_argument("--shift", choices=("none", "channels"), default="none", help="channels: permute the colors")
     group = parser.add_argument_group("CLIP")
     group.add_argument("--clip", help="open_clip's name, such as ViT-B-16 (default: the small one)")
     group.add_argument("--pretrained", help="open_clip's tag, such as openai, or the path of a checkpoint")

@@ -22,14 +22,14 @@ from protoseg.functional import attention_affinity, feature_attention, max_norma
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
 
-MAPS = ("text", "text_centred", "vision", "vision_affinity")
+MAPS = ("text", "text_centered", "vision", "vision_affinity")
 
 
 class Prototypes(NamedTuple):
     """What pictures are compared with: classes, each ``[C, E]``, and background ``[K, E]``, 0 rows where left out."""
 
     text: Tensor
-    text_centred: Tensor
+    text_centered: Tensor
     vision: Tensor
     background: Tensor
 
@@ -67,7 +67,7 @@ def learn(
     assert fit is not None
     found = {"kl_start": fit.start, "kl_end": fit.end, "steps": float(fit.iterations)}
     found["cosine_text_vision"] = float((learner.text * vision).sum(-1).mean())
-    return Prototypes(text, learner.centred_text, vision, background), found
+    return Prototypes(text, learner.centered_text, vision, background), found
 
 
 def picture_maps(
@@ -76,7 +76,7 @@ def picture_maps(
     """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0, and its features ``[D, h, w]``."""
     pixels, labels = clip.prepare(sample.image, args.size), sample.labels[None]
     maps = {}
-    for name in ("text", "text_centred", "vision"):
+    for name in ("text", "text_centered", "vision"):
         found = clip.grad_cam(pixels, getattr(prototypes, name), prototypes.background, labels, pooling=args.pooling)
         maps[name] = max_normalize(found)
     attentions = min(args.attentions, clip.blocks) if clip.attends else 0

@@ -492,7 +492,7 @@ def _scores_in_range(where: str, scores: Tensor, best: Tensor) -> None:
     if not (lowest >= -_SLACK and highest <= 1 + _SLACK):
         raise ValueError(
             f"{where}: maps must lie between 0 and 1 without NaN, got {lowest:g} to {highest:g} in the present "
-            "classes; normalise the maps first"
+            "classes; normalize the maps first"
         )
 
 

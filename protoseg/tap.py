@@ -133,15 +133,9 @@ class Tap:
                 "run checkpointed layers with use_reentrant=False, or call loss() under no_grad as well"
             )
         stores = bank.training and trains and not any(forward.used for forward in last)
-        mode = bank.training
-        try:
-            # All see the same state: the only call that changes it is the last.
-            bank.eval()
-            losses = [bank(*each, labels).loss for each in maps[1:]]
-            bank.train(stores)
-            losses.append(bank(*maps[0], labels).loss)
-        finally:
-            bank.train(mode)
+        # All see the same state: the only call that changes it is the last.
+        losses = [bank(*each, labels, store=False).loss for each in maps[1:]]
+        losses.append(bank(*maps[0], labels, store=stores).loss)
         for forward in last:
             forward.used = True
         return torch.stack(losses).mean()
@@ -317,7 +311,7 @@ def attach(
             it, whose first input is. Of a tuple the first tensor is taken.
         cam: The CAM, before any ``detach``: the name of the layer that computes it, in the same way; the name of a
             linear layer or 1x1 convolution that sees pooled features, whose weights then give the CAM; or a function
-            of the features ``[B, D, h, w]``. Raw scores, not normalised.
+            of the features ``[B, D, h, w]``. Raw scores, not normalized.
         bank: A :class:`protoseg.ContextPrototypeBank`; without one the tap only gives ``features`` and ``cam``.
         channels: The CAM's channel of each class in the order of the labels, such as ``range(1, 21)`` where channel 0
             is background. By default all channels, as they are.

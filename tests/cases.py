@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "background_weight": 0.8,
     "exponent": 0.7,
     "locate": "map",
-    "centre": True,
+    "center": True,
     "sharpness": 1.0,
     "refresh_every": 2,
     "half_life": 5.0,

@@ -37,7 +37,7 @@ class LoopBank:
         background_weight: float,
         exponent: float,
         locate: str,
-        centre: bool,
+        center: bool,
         sharpness: float,
         refresh_every: int,
         half_life: float,
@@ -55,7 +55,7 @@ class LoopBank:
         self.sizes = [num_contexts] * num_classes
         if background == "contexts":
             self.sizes.append(background_contexts)
-        self.centred = centre and (score != "cosine" or background == "contexts")
+        self.centered = center and (score != "cosine" or background == "contexts")
         self.zero = torch.zeros(dim, dtype=dtype)
         self.half_life = half_life
         self.pixels: list[tuple[Tensor, float]] = []  # every pixel's feature and weight
@@ -98,13 +98,13 @@ class LoopBank:
         selected = [[-1] * self.top_k for _ in classes]
         score: dict[int, Tensor] = {}
         for c in [*valid, self.num_classes]:
-            neighbours = self._neighbours(c, instances.get(c))
-            total = sum(w for _, w, _ in neighbours)
+            neighbors = self._neighbors(c, instances.get(c))
+            total = sum(w for _, w, _ in neighbors)
             score[c] = features.new_zeros(size)
-            for _, w, p in neighbours:
+            for _, w, p in neighbors:
                 score[c] = score[c] + w / total * self._compare(features, p)
             if c < self.num_classes:
-                for place, (i, w, _) in enumerate(neighbours):
+                for place, (i, w, _) in enumerate(neighbors):
                     weights[c][place], selected[c][place] = w, i
 
         # Step 7: maps, with background in front.
@@ -166,7 +166,7 @@ class LoopBank:
 
     @property
     def origin(self) -> Tensor:
-        if not self.centred:
+        if not self.centered:
             return self.zero
         return self.midpoint if self.score == "cosine" else self._mean()
 
@@ -198,7 +198,7 @@ class LoopBank:
             result = result + w / total * torch.outer(x - mean, x - mean)
         return result
 
-    def _neighbours(self, c: int, instance: Tensor | None) -> list[tuple[int, Tensor, Tensor]]:
+    def _neighbors(self, c: int, instance: Tensor | None) -> list[tuple[int, Tensor, Tensor]]:
         """Indices, weights and prototypes that stand for class ``c`` in an image: steps 4 to 6."""
         known = self.contexts[c] if c < len(self.contexts) else {}
         one = torch.ones_like(self.zero[0])
@@ -215,9 +215,9 @@ class LoopBank:
             for p in known.values()
         ]
         shares = torch.stack(scores).softmax(0)
-        neighbours = list(zip(known, shares, known.values(), strict=True))
-        neighbours.sort(key=lambda neighbour: -neighbour[1].item())
-        return neighbours if c == self.num_classes else neighbours[: self.top_k]
+        neighbors = list(zip(known, shares, known.values(), strict=True))
+        neighbors.sort(key=lambda neighbor: -neighbor[1].item())
+        return neighbors if c == self.num_classes else neighbors[: self.top_k]
 
     def _update(self, arrivals: list[dict[int, Tensor]]) -> None:
         for instances in arrivals:
@@ -261,18 +261,18 @@ class LoopBank:
 
     def state(self) -> dict[str, Tensor]:
         """The same as the module's ``state_dict()``."""
-        bank = self.zero.new_zeros(len(self.sizes), self.capacity, self.dim)
+        rings = self.zero.new_zeros(len(self.sizes), self.capacity, self.dim)
         contexts = self.zero.new_zeros(len(self.sizes), max(self.sizes), self.dim)
         context_valid = torch.zeros(contexts.shape[:2], dtype=torch.bool)
         for row in range(len(self.sizes)):
             for slot, instance in enumerate(self.rings[row]):
-                bank[row, slot] = instance
+                rings[row, slot] = instance
             for i, context in self.contexts[row].items():
                 contexts[row, i], context_valid[row, i] = context, True
-        return {
-            "bank": bank,
+        found = {
+            "instances": rings,
             "pointer": torch.tensor([n % self.capacity for n in self.written]),
-            "count": torch.tensor([len(ring) for ring in self.rings]),
+            "stored": torch.tensor([len(ring) for ring in self.rings]),
             "contexts": contexts,
             "context_valid": context_valid,
             "shift": torch.stack(self.shift),
@@ -281,7 +281,10 @@ class LoopBank:
             "mean": self._mean(),
             **self._square(),
             "step": torch.tensor(self.step),
+            "seal": torch.tensor(self.step**2),
+            "layout": torch.tensor([self.num_classes, sum(self.sizes[self.num_classes :])]),
         }
+        return {f"memory.{name}": value for name, value in found.items()}
 
     def _square(self) -> dict[str, Tensor]:
         covariance = self._covariance() if self.pixels else torch.zeros_like(self.factor)

@@ -65,7 +65,7 @@ class AMN(Staged):
 
 
 class SIPE(Staged):
-    """SIPE: a map for every pixel, and one normalised with background in front in a dict."""
+    """SIPE: a map for every pixel, and one normalized with background in front in a dict."""
 
     def __init__(self, classes: int = C, dim: int = D) -> None:
         super().__init__(classes, dim)
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
 
 def pictures(count: int = 4, side: int = 64, classes: int = C) -> tuple[Tensor, Tensor]:
-    """Pictures whose class is the colour of a square, and their tags; all but the first three are never there."""
+    """Pictures whose class is the color of a square, and their tags; all but the first three are never there."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(count, 3, side, side, generator=generator) * 0.2, torch.zeros(count, classes)
     for index in range(count):

@@ -248,7 +248,7 @@ def test_mean_and_deviation_are_timms(name: str) -> None:
     assert backbone.name == name
 
 
-def test_lite0_wants_other_colours_than_imagenet_s() -> None:
+def test_lite0_wants_other_colors_than_imagenet_s() -> None:
     assert TimmBackbone(LITE0).mean == TimmBackbone(LITE0).std == (0.5, 0.5, 0.5)
 
 

@@ -60,7 +60,7 @@ def test_the_planted_are_found_and_nothing_beats_the_fit(results: tuple[dict[str
     for one in results[0]["recovery"]:
         assert one["fit"]["kl"] < one["planted_kl"]
         assert one["text"]["raw"] < one["fit"]["cosine"]["raw"]
-        assert one["least_squares"]["centred"] > 0.95
+        assert one["least_squares"]["centered"] > 0.95
 
 
 def test_memory_is_measured(results: tuple[dict[str, Any], str]) -> None:

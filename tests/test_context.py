@@ -29,18 +29,18 @@ class TestAgainstLoops:
     @pytest.mark.parametrize("top_k", [1, 3])
     @pytest.mark.parametrize("shift", [True, False])
     @pytest.mark.parametrize(
-        ("background", "centre"),
+        ("background", "center"),
         [("contexts", True), ("contexts", False), ("image", True), ("one_minus_max", True)],
     )
     @pytest.mark.parametrize("metric", METRICS)
     def test_every_option(
-        self, metric: str, background: str, centre: bool, shift: bool, top_k: int, detach: str
+        self, metric: str, background: str, center: bool, shift: bool, top_k: int, detach: str
     ) -> None:
         options = {
             **OPTIONS,
             "metric": metric,
             "background": background,
-            "centre": centre,
+            "center": center,
             "shift": shift,
             "top_k": top_k,
             "detach": detach,
@@ -49,11 +49,11 @@ class TestAgainstLoops:
         self.compare(options, steps=6)
 
     @pytest.mark.parametrize("locate", ["map", "cam"])
-    @pytest.mark.parametrize("centre", [True, False])
+    @pytest.mark.parametrize("center", [True, False])
     @pytest.mark.parametrize("background", BACKGROUNDS)
     @pytest.mark.parametrize("score", SCORES)
-    def test_every_score(self, score: str, background: str, centre: bool, locate: str) -> None:
-        options = {"score": score, "background": background, "centre": centre, "locate": locate}
+    def test_every_score(self, score: str, background: str, center: bool, locate: str) -> None:
+        options = {"score": score, "background": background, "center": center, "locate": locate}
         self.compare({**OPTIONS, **options}, steps=6)
 
     @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ class TestAgainstLoops:
 
     def test_batch_above_capacity_keeps_the_last(self) -> None:
         bank = self.compare(OPTIONS, steps=3, size=11)
-        assert bank.count.tolist() == [4, 4, 4]
+        assert bank.stored.tolist() == [4, 4, 4]
 
     def test_float32(self) -> None:
         self.compare(OPTIONS, steps=6, dtype=torch.float32, tolerance=2e-5)
@@ -155,10 +155,10 @@ class TestMathematics:
     def test_image_without_background_is_judged_against_all_contexts_of_background(self) -> None:
         bank = make(steps=6, num_contexts=1, top_k=1, score="cosine", locate="cam").eval()
         bank.background_weight, bank.sharpness = 1.0, 0.05
-        assert bank.context_valid[-1].all()
+        assert bank.memory.context_valid[-1].all()
         features, cam, _ = batch(7)
         out = bank(features, cam.abs() + 1, torch.ones(2, C))
-        around, contexts = features - bank.midpoint[:, None, None], bank.contexts - bank.midpoint
+        around, contexts = features - bank.memory.midpoint[:, None, None], bank.memory.contexts - bank.memory.midpoint
         cosine = [[F.cosine_similarity(around, p[:, None, None], 1) for p in row] for row in contexts]
         for c in range(C):
             want = 0.05 * (cosine[c][0] - sum(cosine[-1]) / 4) + 0.5
@@ -169,15 +169,15 @@ class TestMathematics:
         bank = make(steps=6, num_contexts=1, top_k=1, background_contexts=1, background_weight=1).eval()
         features, cam, _ = batch(7)
         out = bank(features, cam.abs() + 0.5, torch.ones(2, C))
-        covariance = bank.factor @ bank.factor.T
+        covariance = bank.memory.factor @ bank.memory.factor.T
         pixels = features.permute(0, 2, 3, 1)
         for c in range(C):
             object_, background = (
-                torch.distributions.MultivariateNormal(mean, covariance) for mean in bank.contexts[[c, -1], 0]
+                torch.distributions.MultivariateNormal(mean, covariance) for mean in bank.memory.contexts[[c, -1], 0]
             )
             odds = object_.log_prob(pixels) - background.log_prob(pixels)
-            middle = (bank.contexts[c, 0] + bank.contexts[-1, 0]) / 2 - bank.mean
-            constant = middle @ covariance.inverse() @ (bank.contexts[c, 0] - bank.contexts[-1, 0])
+            middle = (bank.memory.contexts[c, 0] + bank.memory.contexts[-1, 0]) / 2 - bank.memory.mean
+            constant = middle @ covariance.inverse() @ (bank.memory.contexts[c, 0] - bank.memory.contexts[-1, 0])
             want = (odds + constant).relu()
             assert_same(out.pacam[:, c + 1], (want / want.amax((-2, -1), keepdim=True)) ** bank.exponent, 1e-8)
 
@@ -190,7 +190,7 @@ class TestMathematics:
             features, cam, labels = batch(step)
             want = plain(features, cam, labels)
             got = turned(torch.einsum("bdhw,de->behw", features, turn), cam, labels)
-        assert plain.context_valid.any(1).all()
+        assert plain.memory.context_valid.any(1).all()
         assert_same(got.pacam, want.pacam, 1e-5)
 
     def test_cam_of_another_size_is_resized(self) -> None:

@@ -21,8 +21,8 @@ class TestState:
         quiet = bank.eval()(*batch(5))
         assert_same(bank.state_dict(), before)
         assert_same_output(bank.train()(*batch(5)), quiet)
-        assert not torch.equal(bank.bank, before["bank"])
-        assert bank.step == before["step"] + 1
+        assert not torch.equal(bank.memory.instances, before["memory.instances"])
+        assert bank.memory.step == before["memory.step"] + 1
 
     def test_checkpoint_in_mid_epoch_resumes_bit_for_bit(self) -> None:
         bank, file = make(torch.float32, steps=3), io.BytesIO()
@@ -42,7 +42,7 @@ class TestState:
         want = copy.deepcopy(bank.state_dict())
         assert_same_output(other(*batch(4)), copy.deepcopy(bank)(*batch(4)))
         assert_same(bank.state_dict(), want)
-        assert other.step == 4
+        assert other.memory.step == 4
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     def test_to_dtype(self, dtype: torch.dtype) -> None:
@@ -51,18 +51,22 @@ class TestState:
         bank = bank.to(dtype).train()
         got = bank(*batch(4, dtype=torch.float32))
         assert got.loss.dtype == torch.float32
-        assert (bank.bank.dtype, bank.pointer.dtype, bank.context_valid.dtype) == (dtype, torch.int64, torch.bool)
+        assert (bank.memory.instances.dtype, bank.memory.pointer.dtype, bank.memory.context_valid.dtype) == (
+            dtype,
+            torch.int64,
+            torch.bool,
+        )
         assert_same(got.loss, want.loss, 0.01)
-        assert bank.contexts.isfinite().all()
+        assert bank.memory.contexts.isfinite().all()
 
     def test_what_a_half_precision_bank_cannot_hold_stays_out(self) -> None:
         bank = make(torch.float16)
         features, cam, labels = batch(0, dtype=torch.float32)
         features[0] *= 1e6
         bank(features, cam, torch.ones_like(labels))
-        assert bank.bank.isfinite().all()
-        assert (bank.count <= 1).all()
-        assert bank.count[:C].any()
+        assert bank.memory.instances.isfinite().all()
+        assert (bank.stored <= 1).all()
+        assert bank.stored[:C].any()
 
     def test_device_and_reset(self) -> None:
         bank = ContextPrototypeBank(C, D, **OPTIONS, device="meta")
@@ -73,16 +77,16 @@ class TestState:
 
     def test_refresh_on_demand(self) -> None:
         bank = make(steps=4, refresh_every=1000)
-        early = bank.contexts.clone()
+        early = bank.memory.contexts.clone()
         with torch.autocast("cpu"):
             bank.refresh()
-        assert not torch.equal(bank.contexts, early)
+        assert not torch.equal(bank.memory.contexts, early)
         other = make(steps=3, refresh_every=1000)
-        other.step.zero_()
+        other.memory.step.zero_()
         other(*batch(3))
-        assert_same(bank.contexts, other.contexts)
-        assert_same(bank.shift, other.shift)
-        assert_same(bank.midpoint, other.midpoint)
+        assert_same(bank.memory.contexts, other.memory.contexts)
+        assert_same(bank.memory.shift, other.memory.shift)
+        assert_same(bank.memory.midpoint, other.memory.midpoint)
 
     def test_two_calls_before_one_backward(self) -> None:
         bank = make(steps=3)
@@ -116,8 +120,8 @@ class TestPrecision:
                 assert value.dtype == dtype, name
                 assert value.isfinite().all(), name
             assert_same(out.loss, want.loss, 0.02)
-        assert mixed.bank.dtype == torch.float32
-        assert_same(mixed.bank, plain.bank, 0.02)
+        assert mixed.memory.instances.dtype == torch.float32
+        assert_same(mixed.memory.instances, plain.memory.instances, 0.02)
 
     def test_autocast_leaves_float32_as_it_is(self) -> None:
         want = make(torch.float32, steps=3)(*batch(4, dtype=torch.float32))

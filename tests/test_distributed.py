@@ -77,7 +77,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert first["loss"][step] != second["loss"][step]
         for rank in (first, second):
             torch.testing.assert_close(rank["gradients"][step], alone["gradients"][step], rtol=1e-4, atol=1e-6)
-    assert alone["state"][-1]["bank.count"].tolist() == [4, 4, 4]
+    assert alone["state"][-1]["bank.memory.stored"].tolist() == [4, 4, 4]
 
 
 def test_one_process_gathers_nothing() -> None:
@@ -126,7 +126,7 @@ def test_a_tap_on_a_wrapped_network_equals_one_process(tmp_path: Path) -> None:
     alone = attached(network_to_attach(), slice(None))
     torch.testing.assert_close(first["bank"], second["bank"], rtol=0, atol=0)
     torch.testing.assert_close(first["bank"], dict(alone["bank"]), rtol=0, atol=1e-6)
-    assert alone["bank"]["count"].sum() > 0
+    assert alone["bank"]["memory.stored"].sum() > 0
     for step in range(3):
         mean = (first["loss"][step] + second["loss"][step]) / 2
         torch.testing.assert_close(mean, alone["loss"][step], rtol=0, atol=1e-6)

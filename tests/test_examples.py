@@ -202,7 +202,7 @@ def test_a_crop_s_mask_goes_with_its_picture() -> None:
     """A mask that is a function of the picture stays one under cropping, resizing and mirroring."""
     pictures = common.Pictures(Scenes(3, size=64))
     crops = common.Crops(
-        pictures, 64, seed=0, colour=0.0, share=(0.3, 0.6), masks=lambda sample: (sample.image[0] > 127).byte()
+        pictures, 64, seed=0, color=0.0, share=(0.3, 0.6), masks=lambda sample: (sample.image[0] > 127).byte()
     )
     agreed = []
     for index in range(3):
@@ -211,7 +211,7 @@ def test_a_crop_s_mask_goes_with_its_picture() -> None:
             red = item["images"] * common.STD + common.MEAN
             agreed.append(float(((red[0] > 0.5) == (item["masks"] > 0)).float().mean()))
     assert min(agreed) > 0.85  # but for edges, where a smooth picture and a nearest mask differ
-    whole = common.Crops(pictures, 64, seed=0, colour=0.0, share=(1.0, 1.0))
+    whole = common.Crops(pictures, 64, seed=0, color=0.0, share=(1.0, 1.0))
     assert whole[0]["images"].shape == (3, 64, 64)
 
 
@@ -257,8 +257,8 @@ def test_an_unknown_refiner_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_bank_arguments_are_read_by_their_form() -> None:
-    found = common.keywords("--bank", ["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "centre=True"])
-    assert found == {"top_k": 2, "sharpness": 0.5, "shift": False, "metric": "cosine", "centre": True}
+    found = common.keywords("--bank", ["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "center=True"])
+    assert found == {"top_k": 2, "sharpness": 0.5, "shift": False, "metric": "cosine", "center": True}
     assert [type(value) for value in found.values()] == [int, float, bool, str, bool]
 
 

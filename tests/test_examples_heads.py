@@ -36,7 +36,7 @@ def test_amn_learns_from_masks_that_it_makes_itself(amn: Path) -> None:
     history = read(amn / "checkpoint", "progress.json")["stages"]["classify"]["history"]
     assert set(history[0]) == {"activation", "self"}
     assert history[-1]["activation"] < history[0]["activation"]
-    assert checkpoint(amn)["bank"]["count"].sum() > 0
+    assert checkpoint(amn)["bank"]["memory.stored"].sum() > 0
 
 
 def test_amn_takes_given_masks_and_makes_the_same_of_them(amn: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_backbones_of_timm_in_every_head(tmp_path: Path, flags: Sequence[str]) -
     own = ["--crop", "64", "--size", "64", "--head-lr", "10", "--weights", str(tmp_path / "weights.pt")]
     metrics = run(tmp_path / "run", *TIMM, "penultimate", *own, *flags)
     assert_maps(metrics["maps"], ("background", *Scenes(1).classes))
-    assert checkpoint(tmp_path / "run")["bank"]["bank"].shape[-1] == 48
+    assert checkpoint(tmp_path / "run")["bank"]["memory.instances"].shape[-1] == 48
     trained = checkpoint(tmp_path / "run", "segment")["model"]
     assert {key for key in trained if key.startswith("encoder.")} == {
         "encoder.model." + key.removeprefix("network.") for key in weights
@@ -106,8 +106,8 @@ def test_backbones_of_timm_in_every_head(tmp_path: Path, flags: Sequence[str]) -
 
 
 def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also to the segmentation network on it; a grey of one half becomes 0 by Lite0's mean."""
-    grey = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+    """Also to the segmentation network on it; a gray of one half becomes 0 by Lite0's mean."""
+    gray = torch.full((3, 40, 60), 128, dtype=torch.uint8)
     backbone = TimmBackbone("tf_efficientnet_lite0")
     network = CAMNetwork(backbone, 8).eval()
     seen: list[Tensor] = []
@@ -115,7 +115,7 @@ def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypat
     real = backbone.last_two
     monkeypatch.setattr(backbone, "last_two", lambda images: (seen.append(images), real(images))[1])
     args = train_cpal.parse(["--size", "50", "--scales", "1", "1.5"])
-    sample = Scenes(1)[0]._replace(image=grey)
+    sample = Scenes(1)[0]._replace(image=gray)
     cpal_stages.infer(network, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     assert {tuple(each.shape[-2:]) for each in seen} == {(48, 64), (64, 96)}
     assert max(float(each.abs().max()) for each in seen) < 0.01

@@ -61,9 +61,11 @@ def test_two_processes_hold_the_same(pair: tuple[Path, Path]) -> None:
         if name != "seeds":
             assert_equal({key: checkpoint(output, name)[key] for key in first}, first)
     # 23 pictures at 2 x 4 a step are 2 steps an epoch, and the bank took in the pictures of both, in the second epoch.
-    assert int(checkpoint(output)["bank"]["step"]) == 2
+    assert int(checkpoint(output)["bank"]["memory.step"]) == 2
     tags = Scenes(24, seed=0, size=48)
-    assert int(checkpoint(output)["bank"]["count"][:-1].sum()) <= sum(int(tags[i].labels.sum()) for i in range(23))
+    assert int(checkpoint(output)["bank"]["memory.stored"][:-1].sum()) <= sum(
+        int(tags[i].labels.sum()) for i in range(23)
+    )
 
 
 def test_two_processes_score_every_picture_once(
@@ -93,8 +95,8 @@ def test_two_processes_score_every_picture_once(
             torch.testing.assert_close(together[key], value)
     # Of the final network and every picture once: nothing that training left, none twice to share them evenly.
     tags = torch.stack([scenes[index].labels for index in range(23)]).sum(0)
-    assert (together["count"][:-1] <= tags).all()
-    assert together["count"][-1] <= 23
+    assert (together["memory.stored"][:-1] <= tags).all()
+    assert together["memory.stored"][-1] <= 23
     # Counts are the same to the last one; a mean of contrasts is summed in another order.
     for split, maps in alone["maps"].items():
         for name, entry in maps.items():

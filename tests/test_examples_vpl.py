@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train_vpl.py"
 TINY = ["--device", "cpu", "--clip-scenes", "16", "--clip-steps", "3", "--clip-size", "32", "--size", "32"]
 TINY += ["--crop", "32", "--epochs", "2", "--batch", "8", "--train-scenes", "12", "--eval-scenes", "5"]
 TINY += ["--decoder-dim", "16", "--decoder-depth", "1"]
-MAPS = {"text", "text_centred", "vision", "vision_affinity"}
+MAPS = {"text", "text_centered", "vision", "vision_affinity"}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
     assert not torch.equal(*weights)
 
 
-def test_permuted_colours_are_what_every_stage_sees() -> None:
+def test_permuted_colors_are_what_every_stage_sees() -> None:
     scenes = Scenes(5, seed=0, size=96)
     permuted = common.Pictures(scenes)
     permuted.channels = [1, 2, 0]
@@ -213,7 +213,7 @@ def test_two_processes_learn_the_same_prototypes(finished: Path, cache: Path, tm
     alone, both = (common.load_checkpoint(each / "checkpoint" / "prototypes.pt") for each in (finished, tmp_path))
     torch.testing.assert_close(both["vision"], alone["vision"], rtol=0, atol=1e-3)
     metrics, single = read(tmp_path), read(finished)
-    for name in ("text", "text_centred"):  # do not depend on the fit
+    for name in ("text", "text_centered"):  # do not depend on the fit
         assert metrics["maps"]["eval"][name] == single["maps"]["eval"][name]
     assert set(masks(tmp_path / "masks")) == set(masks(finished / "masks"))
 

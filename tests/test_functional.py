@@ -50,7 +50,7 @@ class TestPrecision:
         lambda x: P.prototype_shift(x[0], x[0, ..., 0] > 0, -x[0], x[0, ..., 1] > 0),
         lambda x: masked_mean(x, x[..., 0] > 0),
         lambda x: P.margin_map(x, x[:, :1]),
-        lambda x: P.kmeans(x[0], num_clusters=2).centres,
+        lambda x: P.kmeans(x[0], num_clusters=2).centers,
     )
 
     @pytest.mark.parametrize("function", FUNCTIONS)

@@ -291,7 +291,7 @@ def test_copies_and_checkpoints_go_on_alike() -> None:
 
 
 class Network(nn.Module):
-    """Projected groups and the regulariser behind them."""
+    """Projected groups and the regularizer behind them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The published arithmetic of the regulariser against a loop over images and pairs."""
+"""The published arithmetic of the regularizer against a loop over images and pairs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def published_loop(mu: Tensor, tokens: Tensor, groups: Tensor, axis: int) -> tup
     prototypes, matches = [], []
     rows: dict[str, list[Tensor]] = {"groups": [], "prototypes": []}
     for x, g in zip(tokens, groups, strict=True):
-        centres = mu
+        centers = mu
         for _ in range(10):
-            shares = torch.stack([torch.softmax(torch.stack([token @ m for m in centres]), 0) for token in x])
+            shares = torch.stack([torch.softmax(torch.stack([token @ m for m in centers]), 0) for token in x])
             shares = shares / (1e-6 + shares.sum(0))
-            centres = torch.stack([sum(s * t for s, t in zip(column, x, strict=True)) for column in shares.T])  # type: ignore[misc]
-            centres = centres / (1e-6 + centres.norm(dim=axis, keepdim=True))
-        cosines = torch.stack([torch.stack([F.cosine_similarity(a, p, dim=0) for p in centres]) for a in g])
+            centers = torch.stack([sum(s * t for s, t in zip(column, x, strict=True)) for column in shares.T])  # type: ignore[misc]
+            centers = centers / (1e-6 + centers.norm(dim=axis, keepdim=True))
+        cosines = torch.stack([torch.stack([F.cosine_similarity(a, p, dim=0) for p in centers]) for a in g])
         pairs = match(-cosines[None])[0]  # the least similar
         near = cosines[:, pairs]
         count = len(g)
@@ -33,7 +33,7 @@ def published_loop(mu: Tensor, tokens: Tensor, groups: Tensor, axis: int) -> tup
             for i in range(count):
                 if (table[i, 0] - low) / (high - low + 1e-6) > 0.1:
                     rows[name].append(-F.log_softmax(10 * table[:, i], 0)[i])
-        prototypes.append(centres)
+        prototypes.append(centers)
         matches.append(pairs)
     loss = torch.stack(rows["groups"]).mean() + torch.stack(rows["prototypes"]).mean()
     return torch.stack(prototypes), torch.stack(matches), loss

@@ -17,19 +17,19 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def lloyd(points: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, list[int], float]:
-    """Centres, assignment and inertia of Lloyd's rounds, one point at a time."""
-    centres = centres.clone()
+def lloyd(points: Tensor, centers: Tensor, iterations: int) -> tuple[Tensor, list[int], float]:
+    """Centers, assignment and inertia of Lloyd's rounds, one point at a time."""
+    centers = centers.clone()
     assignment: list[int] = []
     for last in range(iterations + 1):
-        distances = [[float((x - m).square().sum()) for m in centres] for x in points]
+        distances = [[float((x - m).square().sum()) for m in centers] for x in points]
         assignment = [row.index(min(row)) for row in distances]
         if last == iterations:
-            return centres, assignment, sum(min(row) for row in distances)
-        for k in range(len(centres)):
+            return centers, assignment, sum(min(row) for row in distances)
+        for k in range(len(centers)):
             members = [x for x, a in zip(points, assignment, strict=True) if a == k]
             if members:
-                centres[k] = torch.stack(members).mean(0)
+                centers[k] = torch.stack(members).mean(0)
     raise AssertionError
 
 
@@ -42,21 +42,21 @@ def blobs(count: int, classes: int = 1, spread: float = 0.1) -> Tensor:
 @pytest.mark.parametrize("iterations", [0, 1, 4])
 def test_equals_lloyd_from_the_same_seeds(iterations: int) -> None:
     points = torch.randn(2, 25, 4).double()
-    seeds = kmeans(points, num_clusters=5, iterations=0).centres
+    seeds = kmeans(points, num_clusters=5, iterations=0).centers
     got = kmeans(points, num_clusters=5, iterations=iterations)
     for c in range(2):
-        centres, assignment, inertia = lloyd(points[c], seeds[c], iterations)
-        torch.testing.assert_close(got.centres[c], centres)
+        centers, assignment, inertia = lloyd(points[c], seeds[c], iterations)
+        torch.testing.assert_close(got.centers[c], centers)
         assert got.assignment[c].tolist() == assignment
         assert got.inertia[c].item() == pytest.approx(inertia)
 
 
 def test_converges_where_sklearn_does_from_the_same_seeds() -> None:
     points = torch.randn(1, 100, 4).double()
-    seeds = kmeans(points, num_clusters=5, iterations=0).centres[0].numpy()
+    seeds = kmeans(points, num_clusters=5, iterations=0).centers[0].numpy()
     got = kmeans(points, num_clusters=5, iterations=100)
     want = KMeans(5, init=seeds, n_init=1, max_iter=100, tol=0).fit(points[0].numpy())
-    np.testing.assert_allclose(got.centres[0].numpy(), want.cluster_centers_)
+    np.testing.assert_allclose(got.centers[0].numpy(), want.cluster_centers_)
     assert got.inertia.item() == pytest.approx(want.inertia_)
 
 
@@ -94,16 +94,16 @@ def test_inertia_never_rises() -> None:
 def test_order_of_points_does_not_matter_where_clusters_are_clear() -> None:
     points = blobs(20)
     shuffled = points[:, torch.randperm(20)]
-    first, second = (kmeans(x, num_clusters=4).centres[0] for x in (points, shuffled))
-    for centre in first:
-        assert (second - centre).norm(dim=-1).min() < 1e-5
+    first, second = (kmeans(x, num_clusters=4).centers[0] for x in (points, shuffled))
+    for center in first:
+        assert (second - center).norm(dim=-1).min() < 1e-5
 
 
-def test_offset_only_moves_the_centres() -> None:
+def test_offset_only_moves_the_centers() -> None:
     points = blobs(20, spread=1.0)
     here, there = kmeans(points, num_clusters=4), kmeans(points + 4096, num_clusters=4)
     assert torch.equal(here.assignment, there.assignment)
-    torch.testing.assert_close(there.centres - 4096, here.centres, rtol=0, atol=2e-3)
+    torch.testing.assert_close(there.centers - 4096, here.centers, rtol=0, atol=2e-3)
 
 
 def test_classes_do_not_mix() -> None:
@@ -130,7 +130,7 @@ def test_points_that_are_not_valid_count_for_nothing(rubbish: float) -> None:
     points, valid = torch.randn(1, 12, 4).double(), torch.arange(12)[None] % 3 > 0
     got = kmeans(points.masked_fill(~valid.unsqueeze(-1), rubbish), valid, num_clusters=3)
     want = kmeans(points[:, valid[0]], num_clusters=3)
-    torch.testing.assert_close(got.centres, want.centres)
+    torch.testing.assert_close(got.centers, want.centers)
     torch.testing.assert_close(got.inertia, want.inertia)
     assert torch.equal(got.assignment[valid], want.assignment[0])
     assert not got.assignment[~valid].any()
@@ -140,14 +140,14 @@ def test_fewer_points_than_clusters() -> None:
     points = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]])
     got = kmeans(points, torch.tensor([[True, True, False]]), num_clusters=5)
     assert got.valid.sum() == 2
-    assert sorted(got.centres[got.valid].tolist()) == [[1, 2], [3, 4]]
-    assert not got.centres[~got.valid].any()
+    assert sorted(got.centers[got.valid].tolist()) == [[1, 2], [3, 4]]
+    assert not got.centers[~got.valid].any()
 
 
 def test_identical_points_make_one_cluster() -> None:
     got = kmeans(torch.full((1, 7, 3), 0.1), num_clusters=4)
     assert got.valid.sum() == 1
-    torch.testing.assert_close(got.centres[got.valid], torch.full((1, 3), 0.1))
+    torch.testing.assert_close(got.centers[got.valid], torch.full((1, 3), 0.1))
     assert got.inertia.item() < 1e-12
 
 
@@ -160,8 +160,8 @@ def test_draws_no_random_number_and_keeps_no_graph() -> None:
     points, before = torch.randn(1, 30, 4, requires_grad=True), torch.get_rng_state()
     first, second = (kmeans(points, num_clusters=4) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.centres, second.centres)
-    assert not first.centres.requires_grad
+    assert torch.equal(first.centers, second.centers)
+    assert not first.centers.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ class TestThresholdSweep:
             sweep.update(maps, labels, mask[1:])
         with pytest.raises(ValueError, match=r"mask must hold 0 .*got \[9\]"):
             sweep.update(maps, labels, torch.full_like(mask, 9))
-        with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalise the maps"):
+        with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalize the maps"):
             sweep.update(maps * math.nan, labels, mask)
         with pytest.raises(ValueError, match=r"must lie between 0 and 1 .*got 1 to 2"):
             sweep.update(maps.clamp(0, 1) * 0 + torch.tensor([1.0, 2, 2, 2]).view(C, 1, 1), labels * 0 + 1, mask)
@@ -322,7 +322,7 @@ class TestRegionContrast:
             contrast.update(features * math.inf, maps, labels)
         with pytest.raises(ValueError, match=r"maps must have shape \(4, H, W\), got \(3, 13, 17\); background"):
             contrast.update(features, maps[:3], labels)
-        with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalise the maps"):
+        with pytest.raises(ValueError, match=r"without NaN, got nan to nan.*normalize the maps"):
             contrast.update(features, maps * math.nan, labels)
         with pytest.raises(ValueError, match="labels must hold only 0 and 1"):
             contrast.update(features, maps, labels * 2)

@@ -60,7 +60,7 @@ class TestAMN:
         out = network(torch.rand(2, 3, 32, 32), LABELS)
         bank(out.features, out.cam, LABELS).loss.backward()
         assert network.label_encoder.weight.grad is not None
-        assert bank.count[:3].tolist() == [1, 1, 1]
+        assert bank.stored[:3].tolist() == [1, 1, 1]
 
     def test_a_bank_can_be_given_the_map_before_the_last(self) -> None:
         network = AMNNetwork(TimmBackbone("mobilenetv3_small_050"), 3, rates=(1, 2), bank_features="penultimate").eval()

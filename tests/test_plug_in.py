@@ -47,8 +47,8 @@ def test_recipe(section: str, line: int, code: str) -> None:
         loss.backward()
         assert loss.isfinite()
     if "attach(" in code:
-        assert names["bank"].count[:3].sum() > 0
-        assert names["bank"].count[3:20].sum() == 0
+        assert names["bank"].stored[:3].sum() > 0
+        assert names["bank"].stored[3:20].sum() == 0
     if section == "In short":
         assert names["pacam"].shape[:2] == (4, 21)
     if section == "CLIP-ES":

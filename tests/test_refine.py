@@ -22,7 +22,7 @@ def refine_by_loop(maps: Tensor, image: Tensor, iterations: int, dilations: list
     """One picture, one pixel at a time, in double precision, from the docstring's equation."""
     channels, height, width = maps.shape
     pixels, current = image.double().tolist(), maps.double().tolist()
-    largest = max(abs(value) for colour in pixels for row in colour for value in row)
+    largest = max(abs(value) for color in pixels for row in color for value in row)
     weights: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
     for y in range(height):
         for x in range(width):
@@ -34,13 +34,13 @@ def refine_by_loop(maps: Tensor, image: Tensor, iterations: int, dilations: list
                 if (dy, dx) != (0, 0)
             ]
             logits = [0.0] * len(around)
-            for colour in pixels:
-                values = [colour[v][u] for v, u in around]
+            for color in pixels:
+                values = [color[v][u] for v, u in around]
                 mean = sum(values) / len(values)
                 deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
                 deviation = max(deviation, 1e-4 * max(largest, 1e-8))
                 for index, value in enumerate(values):
-                    logits[index] -= sharpness / 3 * abs(colour[y][x] - value) / deviation
+                    logits[index] -= sharpness / 3 * abs(color[y][x] - value) / deviation
             exponentials = [math.exp(logit - max(logits)) for logit in logits]
             weights[y, x] = [
                 (v, u, each / sum(exponentials)) for (v, u), each in zip(around, exponentials, strict=True)
@@ -62,7 +62,7 @@ def refine_by_loop(maps: Tensor, image: Tensor, iterations: int, dilations: list
         ((5, 6), 1, [1], 10.0),
         ((5, 6), 3, [1, 2], 2.0),
         ((4, 5), 2, [2, 1, 4], 10.0),
-        ((3, 4), 2, [1, 8], 5.0),  # a dilation larger than the picture: all of its neighbours are the edge
+        ((3, 4), 2, [1, 8], 5.0),  # a dilation larger than the picture: all of its neighbors are the edge
         ((1, 7), 2, [1, 3], 10.0),
         ((1, 1), 2, [1, 2], 10.0),
     ],
@@ -77,7 +77,7 @@ def test_it_is_the_loop_s(size: tuple[int, int], iterations: int, dilations: lis
 
 
 @pytest.mark.parametrize("value", [0, 90, 255])
-def test_in_a_constant_picture_all_neighbours_weigh_the_same(value: int) -> None:
+def test_in_a_constant_picture_all_neighbors_weigh_the_same(value: int) -> None:
     maps = torch.rand(1, 1, 6, 6)
     images = torch.full((1, 3, 6, 6), value, dtype=torch.uint8)
     out = pixel_adaptive_refine(maps, images, iterations=1, dilations=(1,))
@@ -105,7 +105,7 @@ def test_range_and_sum_over_channels_are_kept() -> None:
         assert before.min() - 1e-5 <= after.min() <= after.max() <= before.max() + 1e-5
 
 
-def test_a_map_grows_to_the_edge_of_its_colour_and_not_over_it() -> None:
+def test_a_map_grows_to_the_edge_of_its_color_and_not_over_it() -> None:
     images = torch.zeros(1, 3, 16, 16)
     images[..., 8:] = 255
     images += torch.rand(1, 3, 16, 16) * 20

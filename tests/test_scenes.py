@@ -148,18 +148,18 @@ def test_an_object_shows_8_to_30_percent_of_the_picture_and_a_fifth_of_it_tells(
             assert (scene.mask == label).mean() >= 0.08
 
 
-def mean_colours(scenes: Scenes, part: int) -> dict[tuple[int, int, bool], np.ndarray]:
-    """Return the mean colour of a part, light divided out, for each (label, mode, shared)."""
+def mean_colors(scenes: Scenes, part: int) -> dict[tuple[int, int, bool], np.ndarray]:
+    """Return the mean color of a part, light divided out, for each (label, mode, shared)."""
     found: dict[tuple[int, int, bool], list[np.ndarray]] = {}
     for scene in draw_all(scenes):
-        colour = scene.image[:, scene.parts == part].mean(1)
-        found.setdefault(tuple(scene.things[0]), []).append(colour / colour.sum())
-    return {key: np.mean(colours, 0) for key, colours in found.items()}
+        color = scene.image[:, scene.parts == part].mean(1)
+        found.setdefault(tuple(scene.things[0]), []).append(color / color.sum())
+    return {key: np.mean(colors, 0) for key, colors in found.items()}
 
 
 def test_similar_classes_share_bodies_but_not_telling_parts() -> None:
     scenes = Scenes(500, size=48, max_objects=1, num_classes=4, modes=2, shared_body=0.5)
-    bodies, heads = mean_colours(scenes, 1), mean_colours(scenes, 2)
+    bodies, heads = mean_colors(scenes, 1), mean_colors(scenes, 2)
     for label in (1, 3):
         for mode in range(2):
             a, b = (label, mode), (label + 1, mode)
@@ -171,7 +171,7 @@ def test_similar_classes_share_bodies_but_not_telling_parts() -> None:
 
 
 def test_bodies_differ_from_what_is_around_them() -> None:
-    # Else no method could recover them. Colour alone is asked for; patterns help beside it.
+    # Else no method could recover them. Color alone is asked for; patterns help beside it.
     contrasts = []
     for scene in draw_all(Scenes(60, max_objects=1)):
         body, ground = (scene.image[:, scene.parts == part].astype(float).mean(1) for part in (1, 0))

@@ -135,7 +135,7 @@ def test_csv_goes_before_xml_unless_told_otherwise(root: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".jpeg", ".png"])
-def test_other_endings_and_grey_pictures(root: Path, ending: str) -> None:
+def test_other_endings_and_gray_pictures(root: Path, ending: str) -> None:
     (root / "JPEGImages" / "a.jpg").unlink()
     Image.new("L", (9, 6), 7).save(root / "JPEGImages" / f"a{ending}")
     image = VOCFolder(root, "val")[0].image
@@ -307,7 +307,7 @@ def test_masks_without_class_indices_are_rejected(root: Path, mode: str) -> None
         VOCFolder(root, "val")[0]
 
 
-def test_grey_masks_and_small_palettes_hold_indices(root: Path) -> None:
+def test_gray_masks_and_small_palettes_hold_indices(root: Path) -> None:
     path = root / "SegmentationClass" / "a.png"
     Image.fromarray(np.full((6, 9), 2, np.uint8)).save(path)
     first = VOCFolder(root, "val")[0].mask

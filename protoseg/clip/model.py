@@ -55,7 +55,7 @@ class FrozenCLIP(nn.Module):
     Args:
         model: An open_clip model with one of its own vision transformers or ResNets, or a ConvNeXt.
         tokenizer: Its tokenizer, texts to ``[n, T]``.
-        mean: Of the model's normalisation, red, green and blue.
+        mean: Of the model's normalization, red, green and blue.
         std: Likewise.
 
     Raises:
@@ -118,8 +118,8 @@ class FrozenCLIP(nn.Module):
                     f"{_near(pretrained, tags)}"
                 )
         model = open_clip.create_model(name, pretrained, device=device, precision=precision)
-        normalisation = {key: getattr(model.visual, f"image_{key}", None) for key in ("mean", "std")}
-        known = {key: value for key, value in normalisation.items() if value is not None}
+        normalization = {key: getattr(model.visual, f"image_{key}", None) for key in ("mean", "std")}
+        known = {key: value for key, value in normalization.items() if value is not None}
         return cls(model, open_clip.get_tokenizer(name), **known)
 
     @property
@@ -147,7 +147,7 @@ class FrozenCLIP(nn.Module):
         return super().train(False)
 
     def prepare(self, image: Tensor, short_side: int | None = None) -> Tensor:
-        """Resize a picture so that its sides are multiples of a patch (32 pixels of a ResNet), and normalise it.
+        """Resize a picture so that its sides are multiples of a patch (32 pixels of a ResNet), and normalize it.
 
         Args:
             image: ``[3, H, W]`` uint8, RGB.
@@ -214,7 +214,7 @@ class FrozenCLIP(nn.Module):
         """Encode pictures of any size.
 
         Args:
-            images: ``[B, 3, H, W]``, normalised, sides multiples of the patch, as :meth:`prepare` makes them.
+            images: ``[B, 3, H, W]``, normalized, sides multiples of the patch, as :meth:`prepare` makes them.
             attentions: Of how many of the last blocks the attention is wanted; 8 in CLIP-ES, 0 of a ResNet.
             layers: Of which blocks the output is wanted, counted from 0, or from the end where negative; of a ResNet,
                 of which of its four stages.

@@ -33,7 +33,7 @@ _CELLS = 7  # control points per side of the smooth field: features of about a s
 
 
 class Look(NamedTuple):
-    """Two colours ``[3]`` in 0..1 and the pattern that mixes them; ``period`` in picture sides."""
+    """Two colors ``[3]`` in 0..1 and the pattern that mixes them; ``period`` in picture sides."""
 
     first: Floats
     second: Floats
@@ -50,7 +50,7 @@ class Form(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """Where an object stands: centre in 0..1, direction of its head in radians, share of the picture."""
+    """Where an object stands: center in 0..1, direction of its head in radians, share of the picture."""
 
     x: float
     y: float
@@ -68,70 +68,70 @@ class Scenery(NamedTuple):
     warp: float
 
 
-def _colour(red: float, green: float, blue: float) -> Floats:
+def _color(red: float, green: float, blue: float) -> Floats:
     return np.array([red, green, blue], np.float32)
 
 
 def hsv(hue: float, saturation: float, value: float) -> Floats:
-    """Return the RGB colour ``[3]`` in 0..1; ``hue`` wraps around at 1."""
-    return _colour(*colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+    """Return the RGB color ``[3]`` in 0..1; ``hue`` wraps around at 1."""
+    return _color(*colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
 
-# Muted colours and coarse or bent patterns, so that bodies and telling parts stand out from all of them.
+# Muted colors and coarse or bent patterns, so that bodies and telling parts stand out from all of them.
 SCENERIES = (
     Scenery(
         "meadow",
         "in a meadow",
-        Look(_colour(0.30, 0.45, 0.20), _colour(0.45, 0.60, 0.28), "banded", 0.05),
+        Look(_color(0.30, 0.45, 0.20), _color(0.45, 0.60, 0.28), "banded", 0.05),
         0.0,
         2.0,
     ),
     Scenery(
         "sea",
         "on the sea",
-        Look(_colour(0.20, 0.38, 0.55), _colour(0.42, 0.60, 0.72), "striped", 0.14),
+        Look(_color(0.20, 0.38, 0.55), _color(0.42, 0.60, 0.72), "striped", 0.14),
         1.57,
         0.8,
     ),
     Scenery(
         "desert",
         "in a desert",
-        Look(_colour(0.80, 0.68, 0.47), _colour(0.68, 0.54, 0.36), "striped", 0.35),
+        Look(_color(0.80, 0.68, 0.47), _color(0.68, 0.54, 0.36), "striped", 0.35),
         1.1,
         0.6,
     ),
     Scenery(
         "street",
         "on a street",
-        Look(_colour(0.42, 0.42, 0.44), _colour(0.55, 0.54, 0.53), "checked", 0.25),
+        Look(_color(0.42, 0.42, 0.44), _color(0.55, 0.54, 0.53), "checked", 0.25),
         0.0,
         0.0,
     ),
     Scenery(
         "snow",
         "in the snow",
-        Look(_colour(0.92, 0.94, 0.97), _colour(0.80, 0.85, 0.92), "spotted", 0.45),
+        Look(_color(0.92, 0.94, 0.97), _color(0.80, 0.85, 0.92), "spotted", 0.45),
         0.5,
         1.0,
     ),
     Scenery(
         "forest",
         "in a forest",
-        Look(_colour(0.10, 0.22, 0.14), _colour(0.27, 0.22, 0.15), "striped", 0.17),
+        Look(_color(0.10, 0.22, 0.14), _color(0.27, 0.22, 0.15), "striped", 0.17),
         0.0,
         0.25,
     ),
     Scenery(
         "room",
         "in a room",
-        Look(_colour(0.62, 0.44, 0.34), _colour(0.54, 0.36, 0.28), "checked", 0.5),
+        Look(_color(0.62, 0.44, 0.34), _color(0.54, 0.36, 0.28), "checked", 0.5),
         0.8,
         0.0,
     ),
     Scenery(
         "cave",
         "in a cave",
-        Look(_colour(0.24, 0.20, 0.30), _colour(0.38, 0.33, 0.42), "ringed", 0.2),
+        Look(_color(0.24, 0.20, 0.30), _color(0.38, 0.33, 0.42), "ringed", 0.2),
         0.0,
         1.5,
     ),
@@ -140,7 +140,7 @@ SCENERIES = (
 
 
 def pattern(kind: str, u: Floats, v: Floats, period: float, phase: float | Floats = 0.0) -> Floats:
-    """Return how much of the second colour lies at each place.
+    """Return how much of the second color lies at each place.
 
     Args:
         kind: One of `PATTERNS`.
@@ -224,7 +224,7 @@ class Canvas:
         size: Side in pixels.
 
     Attributes:
-        x: Column coordinate of the pixel centres in 0..1, ``[1, size]``.
+        x: Column coordinate of the pixel centers in 0..1, ``[1, size]``.
         y: Row coordinate, ``[size, 1]``.
     """
 
@@ -254,7 +254,7 @@ class Canvas:
         return look.first[:, None, None] + (look.second - look.first)[:, None, None] * mix
 
     def surface(self, look: Look, u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
-        """Return the colours ``[3, P]`` of ``P`` places with own coordinates ``u`` and ``v`` ``[P]``."""
+        """Return the colors ``[3, P]`` of ``P`` places with own coordinates ``u`` and ``v`` ``[P]``."""
         period = look.period * rng.uniform(0.85, 1.15)
         mix = pattern(look.kind, u, v, period, rng.uniform())
         return look.first[:, None] + (look.second - look.first)[:, None] * mix

@@ -183,13 +183,13 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
-    """Return the indices ``[H, W]`` of a palette or grey mask."""
+    """Return the indices ``[H, W]`` of a palette or gray mask."""
     picture = _open(path)
     if picture.mode not in ("P", "L"):
         raise UnreadableFileError(
             path,
-            f"the mask has mode {picture.mode}, expected P (palette) or L (8-bit grey) with class indices; "
-            "turn its colours into indices, for example with protoseg.data.save_mask",
+            f"the mask has mode {picture.mode}, expected P (palette) or L (8-bit gray) with class indices; "
+            "turn its colors into indices, for example with protoseg.data.save_mask",
         )
     mask = np.array(picture, np.uint8)
     wrong = np.unique(mask[(mask > num_classes) & (mask != 255)])
@@ -203,10 +203,10 @@ def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
 
 
 def voc_palette(n: int = 256) -> list[int]:
-    """Return the first ``n`` colours of VOC's palette as ``[r, g, b, r, g, b, ...]`` in 0..255.
+    """Return the first ``n`` colors of VOC's palette as ``[r, g, b, r, g, b, ...]`` in 0..255.
 
     Args:
-        n: Number of colours, 1..256.
+        n: Number of colors, 1..256.
 
     Raises:
         ValueError: ``n`` is out of range.
@@ -217,7 +217,7 @@ def voc_palette(n: int = 256) -> list[int]:
     """
     if not 1 <= n <= 256:
         raise ValueError(f"voc_palette: n must be in 1..256, got {n}")
-    # The bits of the index go to red, green and blue in turn, and fill each colour from its highest bit.
+    # The bits of the index go to red, green and blue in turn, and fill each color from its highest bit.
     return [
         sum((index >> (3 * step + channel) & 1) << (7 - step) for step in range(8))
         for index in range(n)
@@ -253,14 +253,14 @@ def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
     """Read a mask of class indices.
 
     Args:
-        path: An 8-bit palette or grey PNG.
+        path: An 8-bit palette or gray PNG.
         num_classes: ``C``; an index above it that is not 255 is an error.
 
     Returns:
         ``[H, W]`` uint8, 0 = background, 1..C = classes, 255 = void.
 
     Raises:
-        UnreadableFileError: Missing, truncated, in colour, or with an index that stands for no class.
+        UnreadableFileError: Missing, truncated, in color, or with an index that stands for no class.
 
     Example:
         >>> import tempfile

@@ -42,7 +42,7 @@ class VOCFolder(Dataset[Sample]):
     r"""Pictures, tags and masks from a folder in the layout of PASCAL VOC.
 
     Read are ``ImageSets/Segmentation/SPLIT.txt`` (one name per line), ``JPEGImages/NAME.jpg`` (or ``.jpeg``,
-    ``.png``), ``MASK_DIR/NAME.png`` (palette or 8-bit grey), ``classes.txt`` (one name per line, the first is
+    ``.png``), ``MASK_DIR/NAME.png`` (palette or 8-bit gray), ``classes.txt`` (one name per line, the first is
     the background; without the file the classes are `VOC_CLASSES`), and tags from either
 
     - ``labels.csv`` with the header ``id,labels`` and class names separated by spaces,

@@ -122,7 +122,7 @@ class _World:
 
 
 def _body(hue: float, value: float, kind: str, period: float) -> Look:
-    """Return a half-saturated look, paler than any telling part and more colourful than most sceneries."""
+    """Return a half-saturated look, paler than any telling part and more colorful than most sceneries."""
     return Look(hsv(hue, 0.55, value), hsv(hue + 0.06, 0.45, value * 0.55), kind, period)
 
 
@@ -131,7 +131,7 @@ class Scenes(Dataset[Sample]):
 
     They have, by construction and to a set degree, the three problems which prototypes are meant to solve:
 
-    - *modes*: a class has several appearances, which differ in pattern, colour and outline;
+    - *modes*: a class has several appearances, which differ in pattern, color and outline;
     - *under-activation*: only a small telling part is the class's alone; the body, most of the object, mostly
       looks as that of the similar class with which it is paired (classes 1 and 2, 3 and 4, ...), so that a
       classifier finds the telling part and leaves the body;
@@ -154,7 +154,7 @@ class Scenes(Dataset[Sample]):
         modes: Appearances per class, at least 1.
         max_objects: 1..4; a picture aims at 1..max_objects objects, and does without one that finds no place.
         cooccurrence: Probability, 0..1, that the scenery is the home of the first object; else it is another.
-        shared_body: Probability, 0..1, that an object has its pair's body; else one in its class's colours.
+        shared_body: Probability, 0..1, that an object has its pair's body; else one in its class's colors.
         telling_part: Share of an object's area which is its telling part, in 0.05..0.5.
         void_width: Pixels of void (255) around objects, on each side of the edge, in 0..size // 32.
 
@@ -341,7 +341,7 @@ class Scenes(Dataset[Sample]):
         skin = world.shared[world.family[label]][thing.mode] if thing.shared else world.own[label][thing.mode]
         for area, look in ((body, skin), (head, world.heads[label][thing.mode])):
             along, across = u[area], v[area]
-            # Darker towards the sides, as a round thing is: an edge against sceneries of the same colour.
+            # Darker towards the sides, as a round thing is: an edge against sceneries of the same color.
             shade = 1 - np.float32(0.35) * (across / np.abs(across).max(initial=1e-6)) ** 2
             image[:, area] = self._canvas.surface(look, along, across, rng) * shade
 

@@ -83,8 +83,8 @@ def _boxes(maps: Tensor, threshold: float) -> Tensor:
 
     boxes = np.zeros(maps.shape, bool)
     for place, each in zip(np.ndindex(*maps.shape[:2]), strong.flatten(0, 1).cpu().numpy(), strict=True):
-        labelled, _ = ndimage.label(each, np.ones((3, 3)))
-        for box in ndimage.find_objects(labelled):
+        labeled, _ = ndimage.label(each, np.ones((3, 3)))
+        for box in ndimage.find_objects(labeled):
             boxes[place][box] = True
     return torch.from_numpy(boxes).to(maps.device)
 

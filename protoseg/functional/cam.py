@@ -1,4 +1,4 @@
-"""Class activation maps: normalise, background, multi-scale inference, masks, thresholds without masks."""
+"""Class activation maps: normalize, background, multi-scale inference, masks, thresholds without masks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def margin_map(foreground: Tensor, background: Tensor, sharpness: float = 3.0) -
 
 
 def with_background(cam: Tensor, power: float = 1.0) -> Tensor:
-    r"""Put a background channel in front of normalised maps.
+    r"""Put a background channel in front of normalized maps.
 
     .. math:: M_0(j) = \bigl(1 - \max_c M_c(j)\bigr)^{\alpha}
 
@@ -100,11 +100,11 @@ def multi_scale(
 ) -> tuple[Tensor, ...]:
     """Run a model on several sizes of a picture, and mirrored, and average what it returns.
 
-    Raw scores are averaged, on the grid of the first scale, before any clipping or normalising.
+    Raw scores are averaged, on the grid of the first scale, before any clipping or normalizing.
 
     Args:
         model: Takes ``[B, 3, H, W]`` and returns one or more maps ``[B, ?, h, w]``, such as features and CAM.
-        images: ``[B, 3, H, W]``, normalised as the model wants them.
+        images: ``[B, 3, H, W]``, normalized as the model wants them.
         scales: Factors above 0.
         flip: Also the mirrored picture, its maps mirrored back.
         multiple: Sides are rounded to a multiple of it, at least one, so that strides divide them.
@@ -141,7 +141,7 @@ def multi_scale(
 
 
 def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Turn normalised maps into class indices.
+    """Turn normalized maps into class indices.
 
     A pixel takes its best class among those present when that class's score is at least the threshold, else
     background: the rule that :class:`protoseg.metrics.ThresholdSweep` scores.

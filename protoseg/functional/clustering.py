@@ -15,13 +15,13 @@ class Clusters(NamedTuple):
     """What :func:`kmeans` finds.
 
     Attributes:
-        centres: ``[C, K, D]``; 0 where a cluster is empty.
+        centers: ``[C, K, D]``; 0 where a cluster is empty.
         valid: ``[C, K]`` bool, the clusters that have a member.
         assignment: ``[C, N]`` int64, the cluster of each point (0 for a point that is not valid).
-        inertia: ``[C]``, the sum of squared distances of the valid points to their centres.
+        inertia: ``[C]``, the sum of squared distances of the valid points to their centers.
     """
 
-    centres: Tensor
+    centers: Tensor
     valid: Tensor
     assignment: Tensor
     inertia: Tensor
@@ -32,7 +32,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     r"""Cluster each class's points at once: seeding by squared distance, then Lloyd's rounds.
 
     A round is one batched matrix product for the distances,
-    :math:`\|x-m\|^2 = \|x\|^2 - 2\langle x, m\rangle + \|m\|^2`, and one for the new centres; there is no loop over
+    :math:`\|x-m\|^2 = \|x\|^2 - 2\langle x, m\rangle + \|m\|^2`, and one for the new centers; there is no loop over
     classes. Seeding is greedy k-means++ (Arthur and Vassilvitskii, 2007) whose draws are a fixed low-discrepancy
     sequence instead of random numbers, so that every rank and every resumed run finds the same clusters.
 
@@ -50,7 +50,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
 
     Example:
         >>> points = torch.tensor([[[0.0], [0.2], [5.0], [5.2]]])
-        >>> kmeans(points, num_clusters=2).centres.flatten().sort().values
+        >>> kmeans(points, num_clusters=2).centers.flatten().sort().values
         tensor([0.1000, 5.1000])
     """
     checks.shape("kmeans", "points", points, ("C", "N", "D"))
@@ -82,26 +82,26 @@ def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int, 
     mean = masked_mean(points, valid).unsqueeze(1)
     points = torch.sub(points, mean, out=room).mul_(weights.unsqueeze(-1))
     norms = torch.linalg.vector_norm(points, dim=-1).square_()
-    centres = _seed(points, norms, weights, num_clusters)
-    distance, nearest = _nearest(points, centres)
+    centers = _seed(points, norms, weights, num_clusters)
+    distance, nearest = _nearest(points, centers)
     for _ in range(iterations):
         members = _members(nearest, num_clusters) * weights.unsqueeze(1)
         sizes = members.sum(-1, keepdim=True)
-        centres = torch.where(sizes > 0, members @ points / sizes.clamp_min(1.0), centres)
+        centers = torch.where(sizes > 0, members @ points / sizes.clamp_min(1.0), centers)
         before = nearest
-        distance, nearest = _nearest(points, centres)
+        distance, nearest = _nearest(points, centers)
         # No later round would change anything. Other devices would have to be waited for.
         if points.device.type == "cpu" and torch.equal(before, nearest):
             break
     filled = (_members(nearest, num_clusters) & valid.unsqueeze(1)).any(-1)
     inertia = ((distance + norms).clamp_min(0.0) * weights).sum(-1)
-    return Clusters((centres + mean) * filled.unsqueeze(-1), filled, nearest * valid, inertia)
+    return Clusters((centers + mean) * filled.unsqueeze(-1), filled, nearest * valid, inertia)
 
 
-def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest centre, less the point's own squared norm, and its index: ``[C, N]`` each."""
-    norms = centres.square().sum(-1, keepdim=True)
-    distance, nearest = torch.baddbmm(norms, centres, points.transpose(1, 2), alpha=-2.0).min(1)
+def _nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance to the nearest center, less the point's own squared norm, and its index: ``[C, N]`` each."""
+    norms = centers.square().sum(-1, keepdim=True)
+    distance, nearest = torch.baddbmm(norms, centers, points.transpose(1, 2), alpha=-2.0).min(1)
     return distance, nearest
 
 
@@ -116,9 +116,9 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
     rows = torch.arange(len(points), device=points.device)
     steps = torch.arange(1, num_clusters * candidates + 1, device=points.device, dtype=points.dtype)
     draws = (0.6180339887 * steps % 1.0).reshape(num_clusters, candidates)
-    # The first draw is by distance from the mean, later ones by distance from the nearest centre so far.
+    # The first draw is by distance from the mean, later ones by distance from the nearest center so far.
     nearest = norms * weights
-    centres = points.new_zeros(len(points), num_clusters, points.shape[-1])
+    centers = points.new_zeros(len(points), num_clusters, points.shape[-1])
     for k in range(num_clusters):
         cumulative = nearest.cumsum(-1)
         drawn = torch.searchsorted(cumulative, draws[k] * cumulative[:, -1:], right=True)
@@ -132,6 +132,6 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
         total = distance.sum(-1)
         # The first of those that are as good as the best: of equals rounding must not choose.
         best = (total <= 1.00001 * total.amin(-1, keepdim=True)).int().argmax(-1)
-        centres[:, k] = trial[rows, best]
+        centers[:, k] = trial[rows, best]
         nearest = distance[rows, best]
-    return centres
+    return centers

@@ -20,7 +20,7 @@ def match(similarity: Tensor, method: Matching = "hungarian") -> Tensor:
 
     .. math:: \max_\sigma \sum_g s_{g \sigma(g)},\quad \sigma \text{ one-to-one}
 
-    (PGSeg, arXiv 2310.19001, section 4.1.) The published code minimises this sum; see
+    (PGSeg, arXiv 2310.19001, section 4.1.) The published code minimizes this sum; see
     :class:`protoseg.GMMPrototypeRegularizer`.
 
     On the CPU ``"hungarian"`` is scipy's solver, image by image; on CUDA it is that of torch-linear-assignment where

@@ -1,4 +1,4 @@
-"""Expectation-maximisation of one mixture per image, all images at once, without gradient."""
+"""Expectation-maximization of one mixture per image, all images at once, without gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mixture(NamedTuple):
 @torch.no_grad()
 def em(
     tokens: Tensor,
-    centres: Tensor,
+    centers: Tensor,
     mask: Tensor | None = None,
     *,
     iterations: int = 10,
@@ -57,7 +57,7 @@ def em(
 
     Args:
         tokens: ``[B, L, D]``.
-        centres: ``[K, D]`` or ``[B, K, D]``, where the prototypes start.
+        centers: ``[K, D]`` or ``[B, K, D]``, where the prototypes start.
         mask: ``[B, L]`` bool, the tokens that count; all where not given. What it leaves out may be anything.
         iterations: Rounds of E and M, at least 1.
         kernel: :math:`\kappa`.
@@ -79,7 +79,7 @@ def em(
     checks.shape("em", "tokens", tokens, ("B", "L", "D"))
     checks.not_empty("em", "tokens", tokens)
     batch, length, dim = tokens.shape
-    checks.shape("em", "centres", centres, (*((batch,) if centres.dim() == 3 else ()), "K", dim))
+    checks.shape("em", "centers", centers, (*((batch,) if centers.dim() == 3 else ()), "K", dim))
     checks.choice("em", "kernel", kernel, get_args(Kernel))
     if iterations < 1:
         raise ValueError(f"em: iterations must be at least 1, got {iterations}")
@@ -88,15 +88,15 @@ def em(
     if mask is not None:
         checks.shape("em", "mask", mask, (batch, length))
     with torch.autocast(tokens.device.type, enabled=False):
-        tokens, centres = full_precision(tokens), full_precision(centres)
+        tokens, centers = full_precision(tokens), full_precision(centers)
         if mask is not None:
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         if kernel == "cosine":
-            tokens, centres = unit(tokens), unit(centres)
+            tokens, centers = unit(tokens), unit(centers)
         sharpness = 1 / bandwidth
         if isinstance(sharpness, Tensor):
             sharpness = sharpness.to(tokens.dtype).reshape(-1, 1, 1)
-        return _rounds(tokens, centres.expand(batch, -1, -1), mask, iterations, kernel, sharpness, hard)
+        return _rounds(tokens, centers.expand(batch, -1, -1), mask, iterations, kernel, sharpness, hard)
 
 
 def _rounds(
@@ -135,10 +135,10 @@ def _rounds(
 
 
 def _compared(
-    tokens: Tensor, centres: Tensor, kernel: Kernel, sharpness: float | Tensor
+    tokens: Tensor, centers: Tensor, kernel: Kernel, sharpness: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    inner = (centres @ tokens.transpose(1, 2)).mul_(sharpness)
-    return inner, sharpness * centres.square().sum(-1, keepdim=True) if kernel == "gaussian" else None
+    inner = (centers @ tokens.transpose(1, 2)).mul_(sharpness)
+    return inner, sharpness * centers.square().sum(-1, keepdim=True) if kernel == "gaussian" else None
 
 
 def _shares(inner: Tensor, squared: Tensor | None, mask: Tensor | None, hard: bool) -> Tensor:

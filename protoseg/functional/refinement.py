@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement of maps by the picture's colours, and a plug for anything else, such as a dense CRF."""
+"""Pixel-adaptive refinement of maps by the picture's colors, and a plug for anything else, such as a dense CRF."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def pixel_adaptive_refine(
     dilations: Sequence[int] = (1, 2, 4, 8),
     sharpness: float = 10.0,
 ) -> Tensor:
-    r"""Let neighbours of the same colour agree.
+    r"""Let neighbors of the same color agree.
 
     .. math:: m^{t+1}(i) = \sum_{j \in N(i)} \alpha_{ij}\, m^t(j), \qquad
         \alpha_{ij} = \mathrm{softmax}_j \Bigl(- \kappa\,\tfrac13 \sum_{rgb} \frac{|I_i - I_j|}{\sigma_i}\Bigr)
 
-    with :math:`N(i)` the eight neighbours at each dilation and :math:`\sigma_i` the standard deviation of the picture
-    over them, for each colour. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels",
+    with :math:`N(i)` the eight neighbors at each dilation and :math:`\sigma_i` the standard deviation of the picture
+    over them, for each color. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels",
     2020), which divides by :math:`\sigma_i^2` and leaves the strength to it; here the distance is in standard
-    deviations and the strength is :math:`\kappa`. Neighbours outside the picture repeat its edge.
+    deviations and the strength is :math:`\kappa`. Neighbors outside the picture repeat its edge.
 
     Args:
         maps: ``[B, C, H, W]`` scores; each channel is refined alike, so a sum over channels of 1 stays 1.
         images: ``[B, 3, H, W]``, any range, as large as the maps.
         iterations: Rounds, at least 0.
-        dilations: Distances of the neighbours in pixels.
+        dilations: Distances of the neighbors in pixels.
         sharpness: :math:`\kappa` above 0.
 
     Returns:
@@ -66,22 +66,22 @@ def pixel_adaptive_refine(
             f"got {iterations} and {tuple(dilations)}"
         )
     pictures, maps = images.float(), maps.float()
-    around = torch.stack([view for d in dilations for view in _neighbours(pictures, d)], 2)
+    around = torch.stack([view for d in dilations for view in _neighbors(pictures, d)], 2)
     floor = 1e-4 * pictures.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
     spread = around.std(2, keepdim=True).maximum(floor.unsqueeze(2))
     distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
     share = torch.softmax(-sharpness * distance, dim=2)
     for _ in range(iterations):
-        neighbours = (view for dilation in dilations for view in _neighbours(maps, dilation))
+        neighbors = (view for dilation in dilations for view in _neighbors(maps, dilation))
         summed = torch.zeros_like(maps)
-        for weight, view in zip(share.unbind(2), neighbours, strict=True):
+        for weight, view in zip(share.unbind(2), neighbors, strict=True):
             summed.addcmul_(weight, view)
         maps = summed
     return maps
 
 
-def _neighbours(maps: Tensor, dilation: int) -> list[Tensor]:
-    """The eight neighbours at a distance, each as a map ``[B, C, H, W]``, views of one padded copy."""
+def _neighbors(maps: Tensor, dilation: int) -> list[Tensor]:
+    """The eight neighbors at a distance, each as a map ``[B, C, H, W]``, views of one padded copy."""
     height, width = maps.shape[-2:]
     padded = F.pad(maps, (dilation,) * 4, mode="replicate")
     offsets = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]

@@ -18,17 +18,17 @@ from protoseg.utils.extras import timm_with
 __all__ = ["Backbone", "BankFeatures", "SmallResNet", "TimmBackbone", "load_weights"]
 
 BankFeatures = Literal["penultimate", "last"]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-_MEAN: Colour = (0.485, 0.456, 0.406)
-_STD: Colour = (0.229, 0.224, 0.225)
+_MEAN: Color = (0.485, 0.456, 0.406)
+_STD: Color = (0.229, 0.224, 0.225)
 _PROBE = 64  # side of the picture that is run once to learn a network's sizes
 
 
 class SmallResNet(nn.Module):
     """A residual network of four stages at strides 2, 4, 8 and 8, for small pictures and runs from scratch.
 
-    Basic blocks with batch normalisation. With the default width it has 0.9 million parameters and reaches in minutes
+    Basic blocks with batch normalization. With the default width it has 0.9 million parameters and reaches in minutes
     on two CPU cores what a network without pre-training can reach on a few hundred pictures. The stride of 8 keeps
     small objects visible in the CAM.
 
@@ -41,7 +41,7 @@ class SmallResNet(nn.Module):
         penultimate_channels: Channels of the input of the last block, as many.
         stride: 8.
         multiple: What the sides of pictures should be multiples of, 8.
-        mean: What is to be subtracted from colours in 0..1, that of ImageNet.
+        mean: What is to be subtracted from colors in 0..1, that of ImageNet.
         std: What they are to be divided by then.
         name: ``"small:WIDTH"``.
 
@@ -55,8 +55,8 @@ class SmallResNet(nn.Module):
 
     stride = 8
     multiple = 8
-    mean: Colour = _MEAN
-    std: Colour = _STD
+    mean: Color = _MEAN
+    std: Color = _STD
 
     def __init__(self, width: int = 32, *, depths: Sequence[int] = (1, 1, 2, 1)) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class TimmBackbone(nn.Module):
         penultimate_channels: Channels of the map before it, the input of the network's last block.
         stride: As given.
         multiple: What the sides of pictures should be multiples of.
-        mean: What the network wants subtracted from colours in 0..1.
+        mean: What the network wants subtracted from colors in 0..1.
         std: What it wants them divided by then.
         name: As given.
 
@@ -186,8 +186,8 @@ class TimmBackbone(nn.Module):
         self.network: nn.Module = network
 
         config = network.pretrained_cfg or {}
-        self.mean: Colour = tuple(config.get("mean", _MEAN))
-        self.std: Colour = tuple(config.get("std", _STD))
+        self.mean: Color = tuple(config.get("mean", _MEAN))
+        self.std: Color = tuple(config.get("std", _STD))
 
         # Swin's maps are [B, h, w, D], in whatever layout.
         self._channels_behind = getattr(network, "output_fmt", None) == "NHWC"
@@ -212,7 +212,7 @@ class TimmBackbone(nn.Module):
         """Return the input of the network's last block, and what :meth:`forward` returns.
 
         Args:
-            images: ``[B, 3, H, W]``, normalised by ``mean`` and ``std``.
+            images: ``[B, 3, H, W]``, normalized by ``mean`` and ``std``.
 
         Returns:
             ``[B, penultimate_channels, h, w]`` and ``[B, channels, h, w]``.

@@ -68,7 +68,7 @@ class TimmTransformer(nn.Module):
         channels: ``D``.
         blocks: The blocks.
         multiple: What the sides of pictures must be multiples of, a patch.
-        mean: What the network wants subtracted from colours in 0..1.
+        mean: What the network wants subtracted from colors in 0..1.
         std: What it wants them divided by then.
         name: As given.
 

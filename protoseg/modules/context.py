@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from protoseg.functional import (
     Metric,
@@ -26,10 +26,11 @@ from protoseg.functional import (
     with_background,
 )
 from protoseg.metrics import RegionContrast
+from protoseg.modules.base import PrototypeModule, computed_again
 from protoseg.modules.statistics import from_space, to_space
-from protoseg.modules.support_bank import Memory, refresh, snapshot, update_bank
+from protoseg.modules.support_bank import BankState, Statistics, SupportBank
 from protoseg.utils import checks, distributed
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 __all__ = ["Background", "ContextPrototypeBank", "ContextPrototypes", "Detach", "Locate", "MapContrast", "Score"]
 
@@ -37,6 +38,12 @@ Background = Literal["contexts", "image", "one_minus_max"]
 Detach = Literal["pacam", "cam", "none"]
 Locate = Literal["map", "cam"]
 Score = Literal["diagonal", "whitened", "dot", "cosine"]
+_STATISTICS: dict[Score, Statistics] = {
+    "diagonal": "variance",
+    "whitened": "covariance",
+    "dot": "mean",
+    "cosine": "none",
+}
 
 
 class ContextPrototypes(NamedTuple):
@@ -46,7 +53,7 @@ class ContextPrototypes(NamedTuple):
         loss: ``[]``, the self-supervised loss; zero and connected to the graph where nothing is present. float32
             (float64 of float64 features); all other floating point tensors have the dtype of the features.
         pacam: ``[B, C+1, H, W]`` in ``[0, 1]``, the prototype-aware map, background in front; absent classes are 0.
-        cam: ``[B, C+1, H, W]`` in ``[0, 1]``, the normalised CAM that ``pacam`` was compared with.
+        cam: ``[B, C+1, H, W]`` in ``[0, 1]``, the normalized CAM that ``pacam`` was compared with.
         instances: ``[B, C, D]`` instance prototypes; 0 where not valid.
         valid: ``[B, C]`` bool: the class is present and its CAM has a pixel above the threshold.
         positiveness: ``[B, C, k]`` weights of the selected contexts, largest first; 0 = nothing selected.
@@ -77,14 +84,13 @@ class MapContrast(NamedTuple):
     pacam: float
 
 
-class _State(NamedTuple):
-    """The state before the update, which changes it in place while the backward pass still needs it."""
+class _Space(NamedTuple):
+    """The state before the update, in the space of step 3."""
 
-    contexts: Tensor  # [R, K, D], in the space, around origin
+    contexts: Tensor  # [R, K, D], around the origin
     exists: Tensor  # [R, K] bool
-    shift: Tensor  # [R, D], in the space
-    raw_shift: Tensor  # [R, D], among features
-    origin: Tensor  # [D], what centring subtracts
+    shift: Tensor  # [R, D]
+    origin: Tensor  # [D], what centering subtracts
     factor: Tensor  # of the space, see protoseg.modules.statistics
 
 
@@ -92,17 +98,18 @@ class _Seen(NamedTuple):
     """What the update needs of a batch."""
 
     features: Tensor  # [B, D, H, W]
-    cam: Tensor  # [B, C, H, W], normalised, absent classes 0
+    cam: Tensor  # [B, C, H, W], normalized, absent classes 0
     maps: Tensor  # [B, C, H, W], PACAM likewise
     present: Tensor  # [B, C] bool
     valid: Tensor  # [B, C] bool
     known: Tensor  # [C] bool, the classes that have contexts
+    pixels: Tensor | None  # [B, H, W] bool, those of the picture
 
 
-class ContextPrototypeBank(nn.Module):
+class ContextPrototypeBank(PrototypeModule):
     r"""A memory of instance prototypes that turns a CAM into a prototype-aware CAM and a loss between the two.
 
-    For each present class :math:`n` of an image with features :math:`F` and max-normalised CAM :math:`M`
+    For each present class :math:`n` of an image with features :math:`F` and max-normalized CAM :math:`M`
     (:func:`protoseg.functional.max_normalize`: its maximum counts as a constant in the gradient):
 
     1. Instance prototype: :math:`P_n` = mean of :math:`F(j)` over the pixels with :math:`M_n(j) > \tau`; a class
@@ -136,7 +143,7 @@ class ContextPrototypeBank(nn.Module):
     all or per class) and ``metric`` come from the paper, which also projects the features first: pass projected
     features to do so. The defaults were chosen on the train and val pictures of a part of PASCAL VOC and of MSRC-15.
 
-    :math:`\delta_n` is nearly 0 where contexts are the centres of the very ring whose mean is subtracted.
+    :math:`\delta_n` is nearly 0 where contexts are the centers of the very ring whose mean is subtracted.
 
     In ``train()`` a call first computes from the state that was and then stores this batch's instances; in ``eval()``
     it changes nothing. All state is in buffers. Under DDP every rank must pass as many images as the others; each
@@ -150,8 +157,8 @@ class ContextPrototypeBank(nn.Module):
             ``top_k``, ``metric`` and ``temperature`` matter for background alone, and :math:`\delta_n` is 0.
         background_contexts: Contexts of background.
         top_k: Contexts that make the map, 1 to ``num_contexts``; by default all.
-        cam_threshold: :math:`\tau` in ``[0, 1)`` on the max-normalised CAM.
-        background_threshold: Pixels where every present class's normalised map is below it, in ``(0, 1]``, are
+        cam_threshold: :math:`\tau` in ``[0, 1)`` on the max-normalized CAM.
+        background_threshold: Pixels where every present class's normalized map is below it, in ``(0, 1]``, are
             background.
         metric: Similarity for the positiveness: ``"dot"``, ``"cosine"``, ``"l1"`` or ``"l2"``.
         temperature: :math:`T` above 0, in units of :math:`z`. The default was chosen for background's contexts, with
@@ -160,7 +167,7 @@ class ContextPrototypeBank(nn.Module):
         score: ``"diagonal"`` as above; ``"whitened"``, by the factor of the whole covariance,
             :math:`F \to L^{-1}(F - \mu)` with :math:`L L^\top = \Sigma + \lambda \bar\sigma^2 I`, which keeps ``2 D^2``
             numbers (0.6 MB for 256 channels, 34 MB for 2048); ``"dot"``, only the mean is subtracted; ``"cosine"``,
-            :math:`\cos(F(j), p_i)` in step 6, see ``centre`` and ``sharpness``.
+            :math:`\cos(F(j), p_i)` in step 6, see ``center`` and ``sharpness``.
         shrinkage: :math:`\lambda` above 0 of step 3.
         background: What :math:`s_0` is: ``"contexts"``, the score of background, a class with a bank of its own;
             ``"image"``, that of the image's own background prototype; ``"one_minus_max"``, nothing. The background
@@ -170,7 +177,7 @@ class ContextPrototypeBank(nn.Module):
             0.5 one half is a good threshold, and the map a target that is wider than the CAM. Not for ``"cosine"`` with
             a background, whose middle is one half anyway.
         locate: Where the stored instances are: ``"map"``, before ``exponent``, or ``"cam"``, see step 2.
-        centre: Subtract a point in step 3: :math:`\mu`, or for ``"cosine"``, and there only with
+        center: Subtract a point in step 3: :math:`\mu`, or for ``"cosine"``, and there only with
             ``background="contexts"``, that half way between the mean class instance and the mean background instance.
         sharpness: :math:`\kappa` above 0, for ``"cosine"``: with a background, :math:`\tilde M_n` is then
             :math:`\mathrm{clamp}(\kappa (s_n - \beta s_0) + 1/2, 0, 1)`, see :func:`protoseg.functional.margin_map`.
@@ -187,6 +194,7 @@ class ContextPrototypeBank(nn.Module):
         - features: ``[B, D, H, W]``
         - cam: ``[B, C, h, w]`` raw scores; resized to ``H W``, bilinearly
         - labels: ``[B, C]`` multi-hot, any dtype
+        - valid: ``[B, h, w]`` bool, False where a picture was padded: no instance, no statistics, no loss; optional
         - output: :class:`ContextPrototypes`
 
     Raises:
@@ -200,22 +208,9 @@ class ContextPrototypeBank(nn.Module):
         >>> features, cam = torch.rand(4, 8, 16, 16), torch.rand(4, 3, 16, 16, requires_grad=True)
         >>> out = bank(features, cam, torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 0]]))
         >>> out.loss.backward()
-        >>> out.pacam.shape, bank.count.tolist()
+        >>> out.pacam.shape, bank.stored.tolist()
         (torch.Size([4, 4, 16, 16]), [1, 2, 1, 3])
     """
-
-    bank: Tensor
-    pointer: Tensor
-    count: Tensor
-    contexts: Tensor
-    context_valid: Tensor
-    shift: Tensor
-    midpoint: Tensor
-    weight: Tensor
-    mean: Tensor
-    covariance: Tensor
-    factor: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -237,7 +232,7 @@ class ContextPrototypeBank(nn.Module):
         background_weight: float = 1.0,
         exponent: float = 0.5,
         locate: Locate = "map",
-        centre: bool = True,
+        center: bool = True,
         sharpness: float = 3.0,
         refresh_every: int = 10,
         half_life: float = 1000.0,
@@ -245,8 +240,9 @@ class ContextPrototypeBank(nn.Module):
         check_values: bool | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(check_values)
         me = type(self).__name__
+        top_k = num_contexts if top_k is None else top_k
         for name, value in {
             "num_classes": num_classes,
             "dim": dim,
@@ -259,62 +255,98 @@ class ContextPrototypeBank(nn.Module):
             "half_life": half_life,
         }.items():
             checks.positive(me, name, value)
-        if not 0 <= cam_threshold < 1:
-            raise ValueError(f"{me}: cam_threshold must be at least 0 and below 1, got {cam_threshold}")
-        if not 0 < background_threshold <= 1:
-            raise ValueError(f"{me}: background_threshold must be above 0 and at most 1, got {background_threshold}")
-        if not background_weight >= 0:
-            raise ValueError(f"{me}: background_weight must be at least 0, got {background_weight}")
-        if not 0 < exponent <= 1:
-            raise ValueError(f"{me}: exponent must be above 0 and at most 1, got {exponent}")
+        checks.between(me, "cam_threshold", cam_threshold, 0, 1, high_open=True)
+        checks.between(me, "background_threshold", background_threshold, 0, 1, low_open=True)
+        checks.between(me, "exponent", exponent, 0, 1, low_open=True)
+        checks.between(me, "background_weight", background_weight, 0)
         checks.choice(me, "metric", metric, get_args(Metric))
         checks.choice(me, "score", score, get_args(Score))
         checks.choice(me, "background", background, get_args(Background))
         checks.choice(me, "locate", locate, get_args(Locate))
         checks.choice(me, "detach", detach, get_args(Detach))
-        top_k = num_contexts if top_k is None else top_k
         if not 1 <= top_k <= num_contexts:
             raise ValueError(
                 f"{me}: top_k must lie between 1 and num_contexts={num_contexts}, got {top_k}; "
                 "lower top_k or raise num_contexts"
             )
-        self._sizes = (num_contexts, background_contexts if background == "contexts" else 0)
-        if capacity < max(self._sizes):
+        most = max(num_contexts, background_contexts if background == "contexts" else 0)
+        if capacity < most:
             raise ValueError(
-                f"{me}: capacity must be at least {max(self._sizes)}, the contexts that are made of a ring, "
+                f"{me}: capacity must be at least {most}, the contexts that are made of a ring, "
                 f"got {capacity}; raise it, or lower num_contexts or background_contexts"
             )
 
-        self.num_classes, self.dim, self.capacity = num_classes, dim, capacity
-        self.num_contexts, self.background_contexts, self.top_k = num_contexts, background_contexts, top_k
-        self.cam_threshold, self.background_threshold = cam_threshold, background_threshold
+        self._num_classes = num_classes
+        self._dim = dim
+        self._background: Background = background
+        self._score: Score = score
+        self.top_k = top_k
+        self.cam_threshold = cam_threshold
+        self.background_threshold = background_threshold
         self.metric: Metric = metric
-        self.temperature, self.align, self.sharpness = temperature, shift, sharpness
-        self.score: Score = score
-        self.shrinkage, self.background_weight, self.exponent = shrinkage, background_weight, exponent
-        self.background: Background = background
+        self.temperature = temperature
+        self.shift = shift
+        self.background_weight = background_weight
+        self.exponent = exponent
         self.locate: Locate = locate
-        self.centred = centre and (score != "cosine" or background == "contexts")
-        self.refresh_every, self.half_life = refresh_every, half_life
+        self.center = center
+        self.sharpness = sharpness
+        self.refresh_every = refresh_every
+        self.half_life = half_life
         self.detach: Detach = detach
-        self.check_values = check_values
+        self._told_empty = False
+        self.memory = SupportBank(
+            num_classes,
+            dim,
+            capacity=capacity,
+            num_contexts=num_contexts,
+            background_contexts=background_contexts if background == "contexts" else 0,
+            statistics=_STATISTICS[score],
+            shrinkage=shrinkage,
+            device=device,
+        )
 
-        # Background has the last row, so that the others are numbered as the labels are.
-        rows, most = num_classes + (background == "contexts"), max(self._sizes)
-        square = {"whitened": (dim, dim), "diagonal": (dim,)}.get(score, (0,))
-        self.register_buffer("bank", torch.zeros(rows, capacity, dim, device=device))
-        self.register_buffer("pointer", torch.zeros(rows, dtype=torch.long, device=device))
-        self.register_buffer("count", torch.zeros(rows, dtype=torch.long, device=device))
-        self.register_buffer("contexts", torch.zeros(rows, most, dim, device=device))
-        self.register_buffer("context_valid", torch.zeros(rows, most, dtype=torch.bool, device=device))
-        self.register_buffer("shift", torch.zeros(rows, dim, device=device))
-        self.register_buffer("midpoint", torch.zeros(dim, device=device))
-        self.register_buffer("weight", torch.zeros((), device=device))
-        self.register_buffer("mean", torch.zeros(dim, device=device))
-        self.register_buffer("covariance", torch.zeros(square, device=device))
-        self.register_buffer("factor", torch.zeros(square, device=device))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long, device=device))
-        self.reset_parameters()
+    # What the memory is made for cannot be changed afterwards.
+
+    @property
+    def num_classes(self) -> int:
+        """``C``."""
+        return self._num_classes
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return self._dim
+
+    @property
+    def score(self) -> Score:
+        """As in the constructor."""
+        return self._score
+
+    @property
+    def background(self) -> Background:
+        """As in the constructor."""
+        return self._background
+
+    @property
+    def num_contexts(self) -> int:
+        """Contexts of a class."""
+        return self.memory.num_contexts
+
+    @property
+    def background_contexts(self) -> int:
+        """Contexts of background; 0 where it has none."""
+        return self.memory.background_contexts
+
+    @property
+    def capacity(self) -> int:
+        """Instances kept per class."""
+        return self.memory.capacity
+
+    @property
+    def stored(self) -> Tensor:
+        """``[R]`` int64, the instances of each class and, last, of background where it has contexts."""
+        return self.memory.stored
 
     @classmethod
     def paper(cls, num_classes: int, dim: int, **options: Any) -> ContextPrototypeBank:
@@ -340,147 +372,210 @@ class ContextPrototypeBank(nn.Module):
         }  # fmt: skip
         return cls(num_classes, dim, **{**literal, **options})
 
-    def forward(self, features: Tensor, cam: Tensor, labels: Tensor) -> ContextPrototypes:
-        """Compute maps and loss; in ``train()`` then store this batch. See the class for shapes and errors."""
-        out, seen = self._compute(features, cam, labels)
-        if self.training:
+    def forward(
+        self, features: Tensor, cam: Tensor, labels: Tensor, valid: Tensor | None = None, *, store: bool = True
+    ) -> ContextPrototypes:
+        """Compute maps and loss; in ``train()`` then store this batch. See the class for shapes and errors.
+
+        Args:
+            features: ``[B, D, H, W]``.
+            cam: ``[B, C, h, w]``.
+            labels: ``[B, C]``.
+            valid: ``[B, h, w]`` bool, False where a picture was padded.
+            store: False leaves the state as it is, also in ``train()``: for a second view of the same pictures.
+        """
+        self._check(features, cam, labels, valid)
+        if not self.training and self._looks_at_values(features):
+            self._check_state()
+        inputs = (features, cam, labels)
+        again = self.training and computed_again()
+        state = self._passes.recall(type(self).__name__, inputs) if again else self.memory.snapshot()
+
+        out, seen = self._compute(features, cam, labels, valid, state)
+        if self.training and not again:
+            self._passes.keep(inputs, state)
+        if self.training and store and not again:
             retain = 0.5 ** (len(features) * distributed.world_size() / self.half_life)
-            self._store(seen, measure=True, retain=retain, refresh_every=self.refresh_every)
+            self._store(seen, retain=retain, refresh_every=self.refresh_every)
         return out
 
-    def _compute(self, features: Tensor, cam: Tensor, labels: Tensor) -> tuple[ContextPrototypes, _Seen]:
-        self._check(features, cam, labels)
-        with torch.autocast(features.device.type, enabled=False):
-            return self._compute_in_full_precision(features, cam, labels)
-
-    def _compute_in_full_precision(
-        self, features: Tensor, cam: Tensor, labels: Tensor
+    def _compute(
+        self, features: Tensor, cam: Tensor, labels: Tensor, valid: Tensor | None, state: BankState
     ) -> tuple[ContextPrototypes, _Seen]:
-        dtype, present, classes = features.dtype, labels.bool(), self.num_classes
+        with no_autocast(features.device):
+            return self._steps(features, cam, labels, valid, state)
+
+    def _steps(
+        self, features: Tensor, cam: Tensor, labels: Tensor, valid: Tensor | None, state: BankState
+    ) -> tuple[ContextPrototypes, _Seen]:
+        dtype, classes = features.dtype, self.num_classes
         features = full_precision(features)
-        cam = cam.to(features.dtype)
-        if cam.shape[-2:] != features.shape[-2:]:
-            cam = F.interpolate(cam, features.shape[-2:], mode="bilinear", align_corners=False)
-        cam = max_normalize(cam) * present[:, :, None, None]
+        present = labels > 0
+        pixels = None if valid is None else _resized_mask(valid, features)
+        cam = self._normalized(cam.to(features.dtype), present, features, pixels)
 
         # 1. Instances: the mean feature where the CAM is sure.
-        instances, valid = self._instances(features, cam, present)
+        instances, sure = self._instances(features, cam, present, pixels)
 
-        # 3 to 6. Scores, under the state before this batch.
-        state = self._snapshot(features.dtype)
-        directions, weights, selected = self._directions(instances, valid, state)
-        # Features that are all zero have no direction: map and loss of such a class are 0.
-        shown = valid[:, :classes] & (directions[:, :classes].detach() != 0).any(-1)
-        scores = (cosine_map if self.score == "cosine" else dot_map)(features, directions, state.origin)
+        # 3. Space: what is seen from the mean of all pixels, every channel by its deviation.
+        space = self._space(state, features.dtype)
 
-        # 7. Maps, with background in front.
-        maps = self._maps(scores) * shown[:, :, None, None]
-        mine, pacam = with_background(cam), with_background(self._raise(maps))
+        # 4 and 5. Alignment, and how much each context counts for this image.
+        directions, weights, selected = self._directions(instances, sure, space)
+
+        # 6. Scores. Features that are all zero have no direction: map and loss of such a class are 0.
+        shown = sure[:, :classes] & (directions[:, :classes].detach() != 0).any(-1)
+        score = cosine_map if self.score == "cosine" else dot_map
+        scores = score(features, directions, space.origin)
+
+        # 7. PACAM, with background in front, like the CAM.
+        maps = self._maps(scores, pixels) * shown[:, :, None, None]
+        mine, pacam = with_background(cam), with_background(self._raised(maps))
 
         # 8. Loss.
         out = ContextPrototypes(
-            loss=self._loss(mine, pacam, shown),
+            loss=self._loss(mine, pacam, shown, pixels),
             pacam=pacam.to(dtype),
             cam=mine.to(dtype),
             instances=instances[:, :classes].to(dtype),
-            valid=valid[:, :classes],
+            valid=sure[:, :classes],
             positiveness=weights[:, :classes].to(dtype),
             selected=selected[:, :classes],
-            shift=state.raw_shift[:classes].to(dtype),
+            shift=state.shift[:classes].to(dtype),
         )
-        known = state.exists[:classes].any(-1)
-        return out, _Seen(features.detach(), cam.detach(), maps.detach(), present, out.valid, known)
+        known = space.exists[:classes].any(-1)
+        return out, _Seen(features.detach(), cam.detach(), maps.detach(), present, out.valid, known, pixels)
 
-    def _instances(self, features: Tensor, maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalized(self, cam: Tensor, present: Tensor, features: Tensor, pixels: Tensor | None) -> Tensor:
+        """The CAM in 0..1 on the features' grid; 0 for absent classes and outside the picture."""
+        if cam.shape[-2:] != features.shape[-2:]:
+            cam = F.interpolate(cam, features.shape[-2:], mode="bilinear", align_corners=False)
+        if pixels is not None:
+            cam = cam * pixels.unsqueeze(1)
+        return max_normalize(cam) * present[:, :, None, None]
+
+    def _instances(
+        self, features: Tensor, maps: Tensor, present: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Means ``[B, C+1, D]`` of classes and, last, background, and which of them exist ``[B, C+1]``."""
         empty = maps.amax(1, keepdim=True) < self.background_threshold
-        instances, valid = masked_average_pooling(features, torch.cat([maps > self.cam_threshold, empty], 1))
-        return instances, valid & present.any(1, keepdim=True)
+        if pixels is not None:
+            empty = empty & pixels.unsqueeze(1)
+        instances, found = masked_average_pooling(features, torch.cat([maps > self.cam_threshold, empty], 1))
+        return instances, found & present.any(1, keepdim=True)
 
-    def _snapshot(self, dtype: torch.dtype) -> _State:
-        buffers = (self.contexts, self.context_valid, self.shift, self.midpoint, self.mean, self.factor)
-        contexts, exists, shift, midpoint, mean, factor = snapshot(*buffers)
-        contexts, shift, factor = contexts.to(dtype), shift.to(dtype), factor.to(dtype)
-        origin = (midpoint if self.score == "cosine" else mean).to(dtype) * self.centred
-        return _State(to_space(contexts - origin, factor), exists, to_space(shift, factor), shift, origin, factor)
+    def _space(self, state: BankState, dtype: torch.dtype) -> _Space:
+        """The state as step 3 sees it."""
+        factor = state.factor.to(dtype)
+        if not self.center or (self.score == "cosine" and self.background != "contexts"):
+            origin = torch.zeros_like(state.mean, dtype=dtype)
+        elif self.score == "cosine":
+            origin = state.midpoint.to(dtype)
+        else:
+            origin = state.mean.to(dtype)
+        contexts = to_space(state.contexts.to(dtype) - origin, factor)
+        return _Space(contexts, state.context_valid, to_space(state.shift.to(dtype), factor), origin, factor)
 
-    def _directions(self, instances: Tensor, valid: Tensor, state: _State) -> tuple[Tensor, Tensor, Tensor]:
+    def _directions(self, instances: Tensor, valid: Tensor, space: _Space) -> tuple[Tensor, Tensor, Tensor]:
         """Weigh the contexts of every row for every image.
 
         Returns:
             Directions ``[B, C+1, D]`` among features; positiveness and indices of the selected contexts, ``[B, R, k]``,
             where ``R`` is ``C``, or ``C+1`` where background has contexts.
         """
-        rows = len(state.contexts)
-        instances = to_space(instances - state.origin, state.factor) * valid.unsqueeze(-1)
-        anchors = instances[:, :rows] + state.shift if self.align else instances[:, :rows]
+        rows = len(space.contexts)
+        instances = to_space(instances - space.origin, space.factor) * valid.unsqueeze(-1)
 
-        scores = similarity(anchors.transpose(0, 1), state.contexts, self.metric).transpose(0, 1)
-        scale = metric_scale(state.contexts, state.exists, self.metric)
-        share = positiveness(scores, state.exists, self.temperature * scale)
+        # 4. Alignment.
+        anchors = instances[:, :rows]
+        if self.shift:
+            anchors = anchors + space.shift
+
+        # 5. Positiveness, of which the best stay; all of background's do.
+        scores = similarity(anchors.transpose(0, 1), space.contexts, self.metric).transpose(0, 1)
+        scale = metric_scale(space.contexts, space.exists, self.metric)
+        share = positiveness(scores, space.exists, self.temperature * scale)
         weights, selected = select_top_k(share, self.top_k)
         kept = torch.zeros_like(share).scatter(-1, selected, weights)
         kept = torch.cat([kept[:, : self.num_classes], share[:, self.num_classes :]], 1)
 
-        seen, known = valid[:, :rows, None], state.exists.any(-1, keepdim=True)
-        average = mean_direction if self.score == "cosine" else weighted_mean
-        nearest = average(state.contexts, torch.where(seen, kept, state.exists))
-        own = unit(instances) if self.score == "cosine" else instances
+        # The mean context of a row is where its map points; a row without contexts has the image's own instance.
+        seen, known = valid[:, :rows, None], space.exists.any(-1, keepdim=True)
+        own = instances
+        average = weighted_mean
+        if self.score == "cosine":
+            own = unit(instances)
+            average = mean_direction
+        nearest = average(space.contexts, torch.where(seen, kept, space.exists))
         directions = torch.cat([torch.where(known, nearest, own[:, :rows]), own[:, rows:]], 1)
 
         first = torch.arange(self.top_k, device=weights.device) == 0
         weights = torch.where(known, weights, first) * seen
         selected = selected.masked_fill((weights == 0) | ~known, -1)
-        return from_space(directions, state.factor), weights, selected
+        return from_space(directions, space.factor), weights, selected
 
-    def _maps(self, scores: Tensor) -> Tensor:
+    def _maps(self, scores: Tensor, pixels: Tensor | None) -> Tensor:
+        """Step 7 before ``exponent``: maps ``[B, C, H, W]`` in 0..1 of scores ``[B, C+1, H, W]``."""
+        if pixels is not None:
+            scores = scores.masked_fill(~pixels.unsqueeze(1), 0.0)
         foreground, background = torch.split(scores, [self.num_classes, 1], 1)
-        if self.background == "one_minus_max":
-            return max_normalize(foreground)
         background = self.background_weight * background
-        if self.score == "cosine":
-            return margin_map(foreground, background, self.sharpness)
-        return max_normalize(foreground - background)
+        if self.background == "one_minus_max":
+            maps = max_normalize(foreground)
+        elif self.score == "cosine":
+            maps = margin_map(foreground, background, self.sharpness)
+        else:
+            maps = max_normalize(foreground - background)
+        return maps if pixels is None else maps * pixels.unsqueeze(1)
 
-    def _raise(self, maps: Tensor) -> Tensor:
+    def _raised(self, maps: Tensor) -> Tensor:
+        """Maps to the power of ``exponent``."""
         if self.exponent == 1 or (self.score == "cosine" and self.background != "one_minus_max"):
             return maps
         # At 0 a root has no slope.
         return torch.where(maps > 1e-6, maps.clamp_min(1e-6) ** self.exponent, torch.zeros_like(maps))
 
-    def _loss(self, cam: Tensor, pacam: Tensor, shown: Tensor) -> Tensor:
+    def _loss(self, cam: Tensor, pacam: Tensor, shown: Tensor, pixels: Tensor | None) -> Tensor:
+        """Step 8: the mean over pixels, over the maps that count, over images."""
         if self.detach == "pacam":
             pacam = pacam.detach()
         elif self.detach == "cam":
             cam = cam.detach()
+
         counted = torch.cat([shown.any(1, keepdim=True), shown], 1).to(cam.dtype)
-        distance = (cam - pacam).abs().mean(dim=(-2, -1)) * counted
+        distance = (cam - pacam).abs()
+        if pixels is None:
+            distance = distance.mean(dim=(-2, -1))
+        else:
+            area = pixels.sum((-2, -1)).clamp_min(1).unsqueeze(1)
+            distance = (distance * pixels.unsqueeze(1)).sum((-2, -1)) / area
+        distance = distance * counted
         return (distance.sum(1) / counted.sum(1).clamp_min(1.0)).mean()
 
     @torch.no_grad()
-    def _store(self, seen: _Seen, *, measure: bool, retain: float, refresh_every: int) -> None:
-        """Write a batch's instances into the rings and, where asked, its pixels into the statistics."""
-        features, valid, rows = seen.features, seen.valid, len(self.bank)
-        with torch.autocast(features.device.type, enabled=False):
+    def _store(self, seen: _Seen, *, measured: bool = True, retain: float, refresh_every: int) -> None:
+        """Step 2: write a batch's instances into the rings and, where asked, its pixels into the statistics."""
+        features, valid, rows = seen.features, seen.valid, len(self.memory.instances)
+        with no_autocast(features.device):
             located = seen.cam
             if self.locate == "map":
                 located = torch.where((seen.known & valid)[:, :, None, None], seen.maps, seen.cam)
-            instances, found = self._instances(features, located, seen.present)
+            instances, found = self._instances(features, located, seen.present, seen.pixels)
 
             # Around a class whose CAM shows nothing, what looks like background holds the object.
             complete = (valid == seen.present).all(1, keepdim=True)
             found = found & torch.cat([valid, complete], 1)
 
-        instances = instances[:, :rows].to(self.bank.dtype)
+        instances = instances[:, :rows].to(self.memory.instances.dtype)
         found = found[:, :rows] & instances.isfinite().all(-1)
-        counted = seen.present.any(1)
-        settings = (measure and self.score != "cosine", retain, refresh_every, self.shrinkage, *self._sizes)
-        update_bank(instances, found, features, counted, *self._memory(), self.step, *settings)
-
-    def _memory(self) -> Memory:
-        rings = (self.bank, self.pointer, self.count)
-        found = (self.contexts, self.context_valid, self.shift, self.midpoint)
-        return Memory(*rings, *found, self.weight, self.mean, self.covariance, self.factor)
+        counted = seen.present.any(1).to(features.dtype)
+        if seen.pixels is not None:
+            # Every picture weighs the same, however much of it is padding; and padding weighs nothing.
+            counted = counted / seen.pixels.to(features.dtype).mean((-2, -1)).clamp_min(1e-6)
+            features = features.masked_fill(~seen.pixels.unsqueeze(1), torch.nan)
+        self.memory.store(
+            instances, found, features, counted, measured=measured, retain=retain, refresh_every=refresh_every
+        )
 
     @torch.no_grad()
     def fill(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, rounds: int = 3) -> MapContrast:
@@ -511,7 +606,7 @@ class ContextPrototypeBank(nn.Module):
             >>> bank = ContextPrototypeBank(num_classes=3, dim=8, num_contexts=1)
             >>> batch = (torch.rand(4, 8, 6, 6), torch.rand(4, 3, 6, 6), torch.tensor([[1, 1, 0]] * 4))
             >>> contrast = bank.fill([batch, batch])
-            >>> bank.count.tolist(), contrast.pacam > contrast.cam
+            >>> bank.stored.tolist(), contrast.pacam > contrast.cam
             ([8, 8, 0, 8], True)
         """
         me = f"{type(self).__name__}.fill"
@@ -522,31 +617,31 @@ class ContextPrototypeBank(nn.Module):
         try:
             self.reset_parameters()
             for index in range(rounds):
-                self._fill_once(batches, measure=index == 0)
+                self._fill_once(batches, measured=index == 0)
+            self.memory.restart_schedule(self.refresh_every)
             return self._compare(batches)
         except BaseException:
             for buffer, old in zip(self.buffers(), before, strict=True):
                 buffer.copy_(old)
             raise
 
-    def _fill_once(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, measure: bool) -> None:
-        self.pointer.zero_()
-        self.count.zero_()
+    def _fill_once(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, measured: bool) -> None:
+        self.memory.empty_rings()
         for batch in batches:
-            _, seen = self._compute(*batch)
+            self._check(*batch, None)
+            _, seen = self._compute(*batch, None, self.memory.snapshot())
             # Nothing fades, nothing is clustered before all is seen, and later rounds see the same pixels again.
-            self._store(seen, measure=measure, retain=1.0, refresh_every=0)
-        if self.step == 0:
+            self._store(seen, measured=measured, retain=1.0, refresh_every=0)
+        if self.memory.step == 0:
             raise ValueError(
                 f"{type(self).__name__}.fill: batches must hold at least one, got none; pass what to store"
             )
         self.refresh()
-        self.step.zero_()
 
     def _compare(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> MapContrast:
         cam, pacam = RegionContrast(self.num_classes), RegionContrast(self.num_classes)
         for features, scores, labels in batches:
-            out, _ = self._compute(features, scores, labels)
+            out, _ = self._compute(features, scores, labels, None, self.memory.snapshot())
             for index, picture in enumerate(features):
                 cam.update(picture, out.cam[index, 1:], labels[index])
                 pacam.update(picture, out.pacam[index, 1:], labels[index])
@@ -563,16 +658,11 @@ class ContextPrototypeBank(nn.Module):
 
     def refresh(self) -> None:
         """Cluster the bank into contexts now, whatever the schedule says; for instance after filling it."""
-        refresh(self._memory(), self.shrinkage, *self._sizes)
+        self.memory.refresh()
 
     def reset_parameters(self) -> None:
         """Empty the bank, and forget the contexts and the statistics."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        if self.factor.dim() == 2:
-            self.factor.fill_diagonal_(1.0)
-        else:
-            self.factor.fill_(1.0)
+        self.memory.reset_parameters()
 
     def extra_repr(self) -> str:
         """Sizes and modes, as in the constructor."""
@@ -582,7 +672,7 @@ class ContextPrototypeBank(nn.Module):
             f"metric={self.metric!r}, score={self.score!r}, background={self.background!r}, locate={self.locate!r}"
         )
 
-    def _check(self, features: Tensor, cam: Tensor, labels: Tensor) -> None:
+    def _check(self, features: Tensor, cam: Tensor, labels: Tensor, valid: Tensor | None) -> None:
         me, classes = type(self).__name__, self.num_classes
         remedy = "construct the bank with dim = the channels of the features"
         checks.shape(me, "features", features, ("B", self.dim, "H", "W"), remedy)
@@ -590,56 +680,35 @@ class ContextPrototypeBank(nn.Module):
         checks.shape(me, "cam", cam, (len(features), classes, "h", "w"), remedy)
         remedy = "pass the multi-hot labels of the foreground classes"
         checks.shape(me, "labels", labels, (len(features), classes), remedy)
-        checks.floating(me, "features", features)
-        checks.floating(me, "cam", cam)
-        checks.not_empty(me, "features", features)
-        checks.not_empty(me, "cam", cam)
-        for name, value in (("features", features), ("cam", cam), ("labels", labels)):
-            checks.device(me, name, value, self.bank.device)
-        wanted = features.device.type == "cpu" if self.check_values is None else self.check_values
-        if wanted and not torch.compiler.is_compiling():
+        for name, value in (("features", features), ("cam", cam)):
+            checks.floating(me, name, value)
+            checks.not_empty(me, name, value)
+        checks.same_aspect(me, "cam", cam, "features", features)
+        if valid is not None:
+            checks.shape(me, "valid", valid, (len(features), "H", "W"), "True where the picture is, not its padding")
+            checks.boolean(me, "valid", valid)
+            checks.same_aspect(me, "valid", valid, "features", features)
+        self._same_device(self.memory.stored.device, features=features, cam=cam, labels=labels, valid=valid)
+
+        if self._looks_at_values(features):
             checks.finite(me, "features", features)
             checks.finite(me, "cam", cam)
             checks.multi_hot(me, "labels", labels)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ContextPrototypeBank:
-        """Move the module, but keep sums over all pixels in full precision in a bank of half precision."""
-        names = ("weight", "mean", "covariance", "factor")
-        before = {name: self._buffers[name] for name in names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = full_precision(old).to(new.device)
-        return self
+    def _check_state(self) -> None:
+        self.memory.check_whole(type(self).__name__)
+        if not self._told_empty and not bool(self.memory.context_valid.any()):
+            self._told_empty = True
+            warnings.warn(
+                f"{type(self).__name__}: the bank is empty, so each class is served by the picture's own instance; "
+                "train it, fill() it, or load a state_dict",
+                stacklevel=4,
+            )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        me = type(self).__name__
-        theirs, weight = state_dict.get(prefix + "covariance"), state_dict.get(prefix + "weight")
-        if prefix + "bank" in state_dict and (theirs is None or weight is None):
-            raise RuntimeError(
-                f"{me}: the state_dict is of a bank that kept no mean and covariance of pixels; fill a new one"
-            )
-        if theirs is not None and theirs.shape != self.covariance.shape:
-            raise RuntimeError(
-                f"{me}: the state_dict's covariance is {tuple(theirs.shape)} and this module's is "
-                f"{tuple(self.covariance.shape)}; construct the module with the score and dim that the checkpoint was "
-                "made with"
-            )
-        filled = state_dict.get(prefix + "context_valid")
-        used = filled is not None and bool(filled.any())
-        if used and weight is not None and bool(weight > 0) != (self.score != "cosine"):
-            kept = "no " if self.score != "cosine" else ""
-            raise RuntimeError(
-                f"{me}: the state_dict has {kept}statistics of pixels, which does not go with score={self.score!r}; "
-                "construct the module with the score that the checkpoint was made with"
-            )
-        for name, axis in (("bank", "capacity"), ("contexts", "most contexts")):
-            theirs, mine = state_dict.get(prefix + name), getattr(self, name)
-            if theirs is not None and theirs.shape != mine.shape:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the state_dict's {name} is {tuple(theirs.shape)} and this module's is "
-                    f"{tuple(mine.shape)}, as (classes and background, {axis}, dim); construct the module with the "
-                    "sizes and the background that the checkpoint was made with"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _resized_mask(valid: Tensor, features: Tensor) -> Tensor:
+    """A mask ``[B, h, w]`` on the features' grid: a place counts where all of it is picture."""
+    if valid.shape[-2:] == features.shape[-2:]:
+        return valid
+    share = F.interpolate(valid.unsqueeze(1).to(features.dtype), features.shape[-2:], mode="area")
+    return share[:, 0] > 1 - 1e-3

@@ -1,4 +1,4 @@
-"""GMMPrototypeRegularizer: non-learnable prototypical regularisation (PGSeg, arXiv 2310.19001)."""
+"""GMMPrototypeRegularizer: non-learnable prototypical regularization (PGSeg, arXiv 2310.19001)."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class GMMPrototypeRegularizer(nn.Module):
 
     Deviations from the published code, each of which ``compat="pgseg-repo"`` undoes:
 
-    - its matching minimises the total cosine;
-    - its rejection tests the min-max normalised cosine of every group to prototype 0, not to its own, and so takes the
+    - its matching minimizes the total cosine;
+    - its rejection tests the min-max normalized cosine of every group to prototype 0, not to its own, and so takes the
       wrong pairs; where all are rejected its loss is NaN;
     - its candidates are the matched prototypes, in the groups' order, so that it contrasts as many as there are groups;
     - its loss is one mean over the kept pairs of the batch, here it is one per image, then over the images;
@@ -83,7 +83,7 @@ class GMMPrototypeRegularizer(nn.Module):
             square (``"gaussian"``), or as it is (``"cosine"``). Not in the paper; 0.1 keeps prototypes apart.
         momentum: :math:`\gamma` in ``[0, 1]``, 0.9 in the published code.
         reject_threshold: :math:`\phi`, 0.1 in the paper.
-        reject_on: What has to exceed it: ``"cosine"``, the pair's own cosine; ``"minmax"``, the same, normalised to
+        reject_on: What has to exceed it: ``"cosine"``, the pair's own cosine; ``"minmax"``, the same, normalized to
             0..1 over the image's groups for each prototype. The paper does not say which.
         temperature: :math:`t` above 0, 0.1 in the published code.
         learnable_temperature: Train its logarithm, at most 100 for :math:`1/t`, as the published code does.
@@ -307,7 +307,7 @@ class GMMPrototypeRegularizer(nn.Module):
 
 
 @torch.library.custom_op("protoseg::move_average", mutates_args=("mu",))
-def move(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalise: bool) -> None:
+def move(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalize: bool) -> None:
     """Move the shared prototypes towards the mean over the images of all ranks; without an image they stay.
 
     Args:
@@ -315,16 +315,16 @@ def move(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalise: b
         total: ``[K, D]``, the sum of this rank's prototypes.
         count: ``[]``, over how many images.
         momentum: Share of the old.
-        normalise: Scale the result to unit length.
+        normalize: Scale the result to unit length.
     """
     total = distributed.all_gather(total.unsqueeze(0)).sum(0)
     count = distributed.all_gather(count.reshape(1)).sum()
     moved = momentum * mu + (1 - momentum) * total / count.clamp_min(1.0)
-    mu.copy_(torch.where(count > 0, unit(moved) if normalise else moved, mu))
+    mu.copy_(torch.where(count > 0, unit(moved) if normalize else moved, mu))
 
 
 @move.register_fake
-def _(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalise: bool) -> None:
+def _(mu: Tensor, total: Tensor, count: Tensor, momentum: float, normalize: bool) -> None:
     return None
 
 

@@ -18,14 +18,14 @@ _EPS = 1e-6
 def em(tokens: Tensor, start: Tensor, iterations: int) -> Mixture:
     """Fit prototypes with bandwidth 1, from ``[K, D]``; of one channel the prototypes share their unit length."""
     axis = 1 if tokens.shape[-1] == 1 else 2
-    centres = start.expand(len(tokens), -1, -1)
+    centers = start.expand(len(tokens), -1, -1)
     shares = tokens
     for _ in range(iterations):
-        shares = (tokens @ centres.transpose(1, 2)).softmax(-1)
+        shares = (tokens @ centers.transpose(1, 2)).softmax(-1)
         weights = shares / (_EPS + shares.sum(1, keepdim=True))
-        centres = weights.transpose(1, 2) @ tokens
-        centres = centres / (_EPS + torch.linalg.vector_norm(centres, dim=axis, keepdim=True))
-    return Mixture(centres, shares)
+        centers = weights.transpose(1, 2) @ tokens
+        centers = centers / (_EPS + torch.linalg.vector_norm(centers, dim=axis, keepdim=True))
+    return Mixture(centers, shares)
 
 
 def contrast(similarity: Tensor, matched: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def contrast(similarity: Tensor, matched: Tensor, scale: Tensor, threshold: floa
         similarity: ``[B, G, G]``, groups by prototypes.
         matched: ``[B, G]``, a permutation.
         scale: Inverse temperature.
-        threshold: Of the min-max normalised similarity.
+        threshold: Of the min-max normalized similarity.
 
     Returns:
         The loss, and the pairs ``[B, G]`` kept in the direction from prototypes to groups.

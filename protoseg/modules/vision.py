@@ -53,8 +53,8 @@ class Fit(NamedTuple):
 class VisionPrototypeLearner(nn.Module):
     r"""Learns a prototype per class in vision space that says of pictures what the class's text says.
 
-    CLIP's texts and pictures lie apart, so that a text prototype :math:`t_c` is a poor centre of a class's pictures.
-    For unit features :math:`x_i` of pictures, vision prototypes :math:`v_c` on the unit sphere minimise (VPL, phase 1)
+    CLIP's texts and pictures lie apart, so that a text prototype :math:`t_c` is a poor center of a class's pictures.
+    For unit features :math:`x_i` of pictures, vision prototypes :math:`v_c` on the unit sphere minimize (VPL, phase 1)
 
     .. math::
         \frac{1}{n} \sum_i \mathrm{KL}(P_i \,\|\, Q_i), \quad
@@ -73,7 +73,7 @@ class VisionPrototypeLearner(nn.Module):
     of nearly all pictures, the optimum rests on the few others and strays from what the pictures of a class have in
     common; higher temperatures keep it there (measured in ``benchmarks/results/speed-fit.md``).
 
-    Not stated in the paper: the direction of the KL (here that of InMaP, its relative), the optimiser (here L-BFGS to a
+    Not stated in the paper: the direction of the KL (here that of InMaP, its relative), the optimizer (here L-BFGS to a
     tolerance; InMaP takes 2000 steps of projected gradient), balancing, and what tags restrict. 0.01 and 0.03 suit
     OpenAI's CLIP alone; with another network give its own temperature, ``1 / logit_scale.exp()``, and two to three
     times that.
@@ -136,7 +136,7 @@ class VisionPrototypeLearner(nn.Module):
         return unit(self.vision)
 
     @property
-    def centred_text(self) -> Tensor:
+    def centered_text(self) -> Tensor:
         """The text prototypes without their mean, ``[C, D]``, of unit length: what any gain has to be compared with."""
         return unit(self.text - self.text.mean(0))
 
@@ -187,7 +187,7 @@ class VisionPrototypeLearner(nn.Module):
                 raise ValueError(f"{type(self).__name__}: no image has a tag; without labels all images count")
             objective = _Objective(self, features, target, images)
             start = objective(self.text.clone())[0]
-            iterations = _minimise(self.vision, objective, tolerance, max_iterations)
+            iterations = _minimize(self.vision, objective, tolerance, max_iterations)
             self.vision.copy_(unit(self.vision))
             end = objective(self.vision)[0]
         self.last_fit = Fit(start, end, iterations, objective.calls, images)
@@ -262,7 +262,7 @@ class _Objective:
         return float(total[0]) / self.images, gradient / vision.norm(dim=-1, keepdim=True)
 
 
-def _minimise(vision: nn.Parameter, objective: _Objective, tolerance: float, most: int) -> int:
+def _minimize(vision: nn.Parameter, objective: _Objective, tolerance: float, most: int) -> int:
     """Move ``vision`` to the minimum; returns the number of steps."""
     optimizer = torch.optim.LBFGS(
         [vision], max_iter=most, max_eval=4 * most, tolerance_grad=tolerance, tolerance_change=tolerance / 100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -51,7 +52,7 @@ def device(where: str, name: str, value: Tensor, expected: torch.device) -> None
 
 
 def finite(where: str, name: str, value: Tensor) -> None:
-    """Raise ``ValueError`` when ``value`` holds NaN or infinity (one synchronisation with the device)."""
+    """Raise ``ValueError`` when ``value`` holds NaN or infinity (one synchronization with the device)."""
     # Most often one pass will do: a sum is finite only where every value is. Finite values may overflow in it.
     if bool(value.sum().isfinite()):
         return
@@ -64,7 +65,7 @@ def finite(where: str, name: str, value: Tensor) -> None:
 
 
 def multi_hot(where: str, name: str, value: Tensor) -> None:
-    """Raise ``ValueError`` unless ``value`` holds nothing but 0 and 1 (one synchronisation with the device)."""
+    """Raise ``ValueError`` unless ``value`` holds nothing but 0 and 1 (one synchronization with the device)."""
     if not bool(((value == 0) | (value == 1)).all()):
         raise ValueError(
             f"{where}: {name} must hold only 0 and 1 (1 = the class is in the image), "
@@ -82,6 +83,44 @@ def positive(where: str, name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``value`` is above zero."""
     if not value > 0:
         raise ValueError(f"{where}: {name} must be above 0, got {value}")
+
+
+def between(
+    where: str,
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raise ``ValueError`` unless ``value`` lies between the two; not at an end that is open."""
+    fits = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    if fits:
+        return
+    wanted = f"above {low}" if low_open else f"at least {low}"
+    if high < math.inf:
+        wanted += f" and below {high}" if high_open else f" and at most {high}"
+    raise ValueError(f"{where}: {name} must be {wanted}, got {value}")
+
+
+def boolean(where: str, name: str, value: Tensor) -> None:
+    """Raise ``TypeError`` unless ``value`` is a bool tensor."""
+    if value.dtype != torch.bool:
+        raise TypeError(f"{where}: {name} must be bool, got {value.dtype}; call {name}.bool()")
+
+
+def same_aspect(where: str, name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """Raise ``ValueError`` unless two maps ``[..., H, W]`` may be of one picture, up to a pixel of rounding."""
+    (height, width), (rows, columns) = value.shape[-2:], reference.shape[-2:]
+    # Both sides are scaled by one factor, and each is rounded.
+    fits = (height - 1) * columns <= (width + 1) * rows and (width - 1) * rows <= (height + 1) * columns
+    if not fits:
+        raise ValueError(
+            f"{where}: {name} and {other} must show the same picture, got maps of {(height, width)} and "
+            f"{(rows, columns)} (H, W); are height and width exchanged?"
+        )
 
 
 def unit_interval(where: str, name: str, value: float) -> None:

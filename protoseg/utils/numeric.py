@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a device computes in the precision of its tensors, whatever autocast says."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def full_precision(value: Tensor) -> Tensor:

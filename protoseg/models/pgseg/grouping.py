@@ -87,7 +87,7 @@ class StageOutput(NamedTuple):
         sources: ``[B, L, D]``, the tokens that came into the stage; what prototypes are made of.
         group_tokens: ``[B, G, D]``, as they came out of the blocks, before the unit.
         grouping: What the unit returned.
-        regularized: What the regulariser returned; None without one.
+        regularized: What the regularizer returned; None without one.
     """
 
     sources: Tensor
@@ -113,7 +113,7 @@ class Encoded(NamedTuple):
 
 
 class ProjectionMLP(nn.Sequential):
-    """Two layers with batch normalisation over pictures and tokens: ``[B, L, D]`` or ``[B, D]``."""
+    """Two layers with batch normalization over pictures and tokens: ``[B, L, D]`` or ``[B, D]``."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 4096) -> None:
         super().__init__(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
@@ -190,7 +190,7 @@ class GroupingEncoder(nn.Module):
         config: Sizes.
 
     Shape:
-        images ``[B, 3, H, W]``, normalised, sides multiples of the patch size, to :class:`Encoded`. Another size than
+        images ``[B, 3, H, W]``, normalized, sides multiples of the patch size, to :class:`Encoded`. Another size than
         that of training interpolates the position embedding, bicubically.
 
     Raises:

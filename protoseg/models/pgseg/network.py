@@ -81,7 +81,7 @@ prototypes, mean of seeds 0 to 2 (0.413 +- 0.027 as it is; see ``docs/pgseg.md``
 - linear projections: with a hidden layer: -0.015 (+- 0.106);
 - a contrast of single nouns by the groups beside that of sentences: without it: -0.070;
 - a bag of words for texts, 96 channels, 64 px: not compared;
-- bandwidth 0.3 for prototypes, not 0.1, with both regularisers: -0.086 (seeds 0 to 3).
+- bandwidth 0.3 for prototypes, not 0.1, with both regularizers: -0.086 (seeds 0 to 3).
 """
 
 
@@ -90,11 +90,11 @@ class PGSegOutput(NamedTuple):
 
     Attributes:
         contrast: ``[]``, of pictures and texts.
-        image_prototypes: ``[]``, the regularisers' losses on image tokens, summed over the stages; 0 without them.
-        text_prototypes: ``[]``, the loss of the regulariser on words; 0 without it.
+        image_prototypes: ``[]``, the regularizers' losses on image tokens, summed over the stages; 0 without them.
+        text_prototypes: ``[]``, the loss of the regularizer on words; 0 without it.
         nouns: ``[]``, the loss of single words; 0 without it.
         encoded: What the image encoder found.
-        words: What the regulariser on words returned; None without it.
+        words: What the regularizer on words returned; None without it.
     """
 
     contrast: Tensor
@@ -208,7 +208,7 @@ class PGSeg(nn.Module):
         return model.eval()
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Encoded]:
-        """Embed normalised pictures ``[B, 3, H, W]``: ``[B, E]``, of any length, and what the encoder found."""
+        """Embed normalized pictures ``[B, 3, H, W]``: ``[B, E]``, of any length, and what the encoder found."""
         encoded = self.image(images)
         return self.image_projector(encoded.pooled), encoded
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from protoseg.models.pgseg.grouping import Encoded
     from protoseg.models.pgseg.network import PGSeg
 
-__all__ = ["TEMPLATES", "Score", "ZeroShot", "class_embeddings", "group_maps", "normalised", "segment"]
+__all__ = ["TEMPLATES", "Score", "ZeroShot", "class_embeddings", "group_maps", "normalized", "segment"]
 
 Score = Literal["softmax", "cosine"]
 # Sentences that a class's name is put into; their embeddings are averaged.
@@ -172,13 +172,13 @@ def _scores(model: PGSeg, images: Tensor, texts: Tensor, score: Score, top: int)
 
 
 def _resized(image: Tensor, side: int, multiple: int) -> Tensor:
-    """Resize so that the shorter side is ``side``, sides multiples of ``multiple``, and normalise."""
+    """Resize so that the shorter side is ``side``, sides multiples of ``multiple``, and normalize."""
     scale = side / min(image.shape[-2:])
-    return normalised(image, [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]])
+    return normalized(image, [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]])
 
 
-def normalised(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a uint8 picture ``[3, H, W]`` and normalise it by ImageNet's mean and deviation: ``[1, 3, h, w]``."""
+def normalized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a uint8 picture ``[3, H, W]`` and normalize it by ImageNet's mean and deviation: ``[1, 3, h, w]``."""
     pixels = F.interpolate(image[None].float(), tuple(size), mode="bilinear", align_corners=False, antialias=True) / 255
     mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
     return (pixels.clamp(0, 1) - mean) / std
