@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg.report import Picture, overlay, setting, write_report
+from protoseg.report import Picture, formats, overlay, plots, write_report
 
 SECTIONS = ("results", "training", "thresholds", "classes", "pictures", "run")
 
@@ -197,14 +197,32 @@ def test_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "First" in path.read_text(encoding="utf-8"), "the old report stands"
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "PIL"])
+@pytest.mark.parametrize("module", ["matplotlib", "PIL", "jinja2"])
 def test_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     for name in [module, *(each for each in sys.modules if each.startswith(f"{module}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     changes: dict[str, Any] = {"history": {}, "sweeps": {}} if module == "PIL" else {"pictures": []}
     with pytest.raises(ImportError, match=rf'write_report needs {module}; run pip install "protoseg\[examples\]"'):
         write(tmp_path / "r.html", **changes)
-    write(tmp_path / "r.html", history={}, sweeps={}, pictures=[])  # numbers need neither
+    if module != "jinja2":
+        write(tmp_path / "r.html", history={}, sweeps={}, pictures=[])  # numbers need neither plots nor pictures
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"truth": torch.zeros(12, 16).bool()}, TypeError, "scores or an integer mask, got torch.bool"),
+        ({"truth": torch.zeros(5, 5).long()}, ValueError, "layer must have shape"),
+        ({"truth": torch.full((12, 16), 300)}, ValueError, "mask must hold 0..255, got 300 to 300"),
+    ],
+)
+def test_wrong_picture_is_named(
+    tmp_path: Path, change: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    wrong = picture("wrong", 0.5)._replace(**change)
+    with pytest.raises(error, match=message):
+        write(tmp_path / "r.html", pictures=[wrong], history={}, sweeps={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_large_pictures_are_made_smaller() -> None:
@@ -212,7 +230,7 @@ def test_large_pictures_are_made_smaller() -> None:
     import base64
     import io
 
-    uri = setting.data_uri(torch.zeros(3, 300, 1200, dtype=torch.uint8))
+    uri = formats.data_uri(torch.zeros(3, 300, 1200, dtype=torch.uint8))
     with pil_image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
         assert image.size == (400, 100)
 
@@ -225,17 +243,17 @@ def test_long_curves_do_not_swell_the_file(tmp_path: Path) -> None:
 
 
 def test_numbers_of_any_type() -> None:
-    assert [setting.number(x) for x in (1, torch.tensor(0.5), None, math.nan, "x", torch.rand(2))] == [
+    assert [formats.number(x) for x in (1, torch.tensor(0.5), None, math.nan, "x", torch.rand(2))] == [
         1,
         0.5,
         *[None] * 4,
     ]
-    assert [setting.duration(x) for x in (3.21, 161, 7384, None)] == ["3.2 s", "2 min 41 s", "2 h 3 min", setting.DASH]
+    assert [formats.duration(x) for x in (3.21, 161, 7384, None)] == ["3.2 s", "2 min 41 s", "2 h 3 min", formats.DASH]
 
 
 def test_smooth_keeps_a_line_and_the_length() -> None:
     line = [(float(i), 2.0 * i) for i in range(200)]
-    smooth = setting.smooth(line)
+    smooth = plots.smooth(line)
     assert [x for x, _ in smooth] == [x for x, _ in line]
     assert smooth[50:150] == line[50:150]
 
@@ -258,8 +276,8 @@ class TestOverlay:
 
     def test_palette_is_that_of_voc(self) -> None:
         mask = torch.arange(5).expand(5, 5)
-        colours = overlay(self.image, mask, strength=1.0)[:, 2].T.tolist()
-        assert colours == [[10, 100, 200], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+        colors = overlay(self.image, mask, strength=1.0)[:, 2].T.tolist()
+        assert colors == [[10, 100, 200], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
 
     def test_heat_rises_in_lightness(self) -> None:
         score = torch.linspace(0, 1, 25).view(5, 5)

@@ -1,24 +1,31 @@
-"""One HTML file that shows what a run found: numbers, curves, thresholds, classes and pictures."""
+"""One HTML file that shows what a run found: numbers, curves, thresholds, classes and pictures.
+
+``page.html`` holds the page, and a function here gives the values of each of its sections: text, numbers that are
+text already, widths and pictures. What is empty has no section.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from protoseg.report import setting
+from protoseg.report.formats import change, data_uri, duration, fixed, number, percent
 from protoseg.report.overlays import HEAT, overlay, palette
-from protoseg.report.setting import Line, Mark
+from protoseg.report.plots import Line, Mark, finite, plot, smooth
+from protoseg.utils.extras import require
+from protoseg.utils.files import replacing
 
 __all__ = ["Picture", "write_report"]
 
 _SHOWN = 6  # pictures of each kind: best, worst, without a score
+_MOST_POINTS = 2000  # of a curve: more could not be told apart, and would swell the file
+_NOISY = 60  # points from which on a curve is smoothed
+
 _NAMES = {
     "cam": "CAM",
     "instance": "Instance",
@@ -31,11 +38,18 @@ _NAMES = {
     "train": "training",
     "eval": "evaluation",
 }
-_COLOURS = {
-    "cam": "#8a94a3", "instance": "#e08a00", "pacam": "#0b6bcb", "segmentation": "#1a8f5a",
-    "text": "#8a94a3", "text_centred": "#e08a00", "vision": "#0b6bcb", "vision_affinity": "#8b5cf6",
-}  # fmt: skip
-_MORE_COLOURS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
+_COLORS = {
+    "cam": "#8a94a3",
+    "instance": "#e08a00",
+    "pacam": "#0b6bcb",
+    "segmentation": "#1a8f5a",
+    "text": "#8a94a3",
+    "text_centred": "#e08a00",
+    "vision": "#0b6bcb",
+    "vision_affinity": "#8b5cf6",
+}
+_MORE_COLORS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
+_CURVE_COLOR = "#0b6bcb"
 
 
 class Picture(NamedTuple):
@@ -89,7 +103,8 @@ def write_report(
         config: The run's settings by name; ``command``, if there, is shown as the line that repeats the run.
 
     Raises:
-        ImportError: There are curves but no matplotlib, or pictures but no PIL (the extra ``examples``).
+        ImportError: There is no jinja2, or there are curves but no matplotlib, or pictures but no PIL (the extra
+            ``examples``).
         TypeError: A picture is not uint8, see :func:`overlay`.
         ValueError: A panel or truth does not have the size of its picture.
 
@@ -101,39 +116,356 @@ def write_report(
         ...     "40.0" in path.read_text(encoding="utf-8")
         True
     """
-    config = config or {}
-    sections = (
-        ("results", "Results", _results(metrics)),
-        ("training", "Training", _curves(history or {})),
-        ("thresholds", "Thresholds", _sweeps(sweeps or {}, _maps(metrics))),
-        ("classes", "Classes", _classes(metrics)),
-        ("pictures", "Pictures", _pictures(pictures, classes)),
-        ("run", "Run", _run(metrics, config)),
+    template = _template()
+
+    page = template.render(
+        title=title,
+        subtitle=_subtitle(metrics),
+        cards=_cards(metrics),
+        results=_results(metrics),
+        training=_training(history or {}),
+        thresholds=_thresholds(sweeps or {}, metrics),
+        classes=_classes(metrics),
+        pictures=_pictures(pictures, classes),
+        run=_run(metrics, config or {}),
     )
-    links, bodies = "", ""
-    for name, heading, html in sections:
-        if html:
-            links += f'<a href="#{name}">{heading}</a>'
-            bodies += f'<section id="{name}"><h2>{heading}</h2>{html}</section>\n'
-    head = f"<header><h1>{escape(title)}</h1>{_subtitle(metrics)}<nav>{links}</nav></header>\n"
-    setting.write(Path(path), setting.document(title, f"{head}{_cards(metrics)}\n{bodies}"))
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write_text(page, encoding="utf-8")
 
 
-def _name(key: str) -> str:
-    return escape(_NAMES.get(key, key.replace("_", " ")))
+def _template() -> Any:
+    jinja2 = require("jinja2", "write_report", "examples")
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("protoseg", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html")
 
 
-def _colour(key: str) -> str:
-    # A name without a colour gets one from its letters: the same in every section and in every run.
-    return _COLOURS.get(key) or _MORE_COLOURS[sum(key.encode()) % len(_MORE_COLOURS)]
+def _subtitle(metrics: Mapping[str, Any]) -> str:
+    versions = metrics.get("versions") or {}
+    facts = {
+        "method": metrics.get("method"),
+        "seed": metrics.get("seed"),
+        "protoseg": versions.get("protoseg"),
+    }
+    return " · ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
-def _dot(colour: str) -> str:
-    return f'<i class="dot" style="background:{colour}"></i>'
+def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The few numbers that a reader wants first."""
+    cards = []
+
+    for split, maps in _maps(metrics).items():
+        scores = {key: number(value.get("miou")) for key, value in maps.items()}
+        known = {key: score for key, score in scores.items() if score is not None}
+        if known:
+            cards.append(_best_map(split, known))
+
+    for stage, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
+        for split, values in _part(metrics, stage).items():
+            cards.append(_card(heading, percent(values.get("miou")), f"mIoU, {_name(split)}"))
+
+    if number(metrics.get("seconds")) is not None:
+        memory = _memory(metrics)
+        note = f"{memory} at the peak" if memory else ""
+        cards.append(_card("Time", duration(metrics["seconds"]), note))
+
+    return cards
 
 
-def _legend(entries: Iterable[str]) -> str:
-    return f'<div class="keys">{"".join(f"<span>{entry}</span>" for entry in entries)}</div>'
+def _card(heading: str, value: str, note: str) -> dict[str, Any]:
+    return {"heading": heading, "value": value, "note": note, "gain": None}
+
+
+def _best_map(split: str, scores: Mapping[str, float]) -> dict[str, Any]:
+    best = max(scores, key=scores.__getitem__)
+    card = _card(_name(best), percent(scores[best]), f"mIoU, {_name(split)}")
+
+    plain = _plain(scores)
+    if plain in scores and plain != best:
+        card["gain"] = change(scores[best], scores[plain])
+        card["plain"] = _name(plain)
+
+    return card
+
+
+def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    splits = _maps(metrics)
+    plain = _plain({key for maps in splits.values() for key in maps})
+
+    groups = []
+    for split, maps in splits.items():
+        groups.append((_name(split), _map_rows(maps, plain)))
+
+    for stage, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
+        for split, values in _part(metrics, stage).items():
+            row = {"label": {"name": heading, "color": ""}, **_scores({"miou": values.get("miou")})}
+            groups.append((_name(split), [row]))
+
+    return {"plain": _name(plain), "groups": groups} if any(rows for _, rows in groups) else {}
+
+
+def _map_rows(maps: Mapping[str, Any], plain: str) -> list[dict[str, Any]]:
+    known = [score for value in maps.values() if (score := number(value.get("miou"))) is not None]
+    top = max(known, default=None)
+    plain_miou = maps.get(plain, {}).get("miou")
+
+    rows = []
+    for key, value in maps.items():
+        row = {"label": _label(key), **_scores(value)}
+        row["best"] = top is not None and number(value.get("miou")) == top
+        if key != plain:
+            row["gain"] = change(value.get("miou"), plain_miou)
+
+        rows.append(row)
+
+    return rows
+
+
+def _scores(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a row, before it is compared with other rows."""
+    miou = value.get("miou")
+    mask_free = value.get("miou_mask_free")
+    return {
+        "miou": percent(miou),
+        "best": False,
+        "gain": change(None, None),
+        "threshold": fixed(value.get("threshold")),
+        "miou_mask_free": percent(mask_free),
+        "threshold_mask_free": fixed(value.get("threshold_mask_free")),
+        "change_mask_free": change(mask_free, miou),
+        "contrast": fixed(value.get("contrast")),
+    }
+
+
+def _training(history: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    figures = []
+    smoothed = False
+    for name, curve in history.items():
+        points = finite(curve)
+        points = points[:: 1 + len(points) // _MOST_POINTS]
+        if not points:
+            continue
+
+        lines = [Line(points, _CURVE_COLOR)]
+        if len(points) > _NOISY:
+            lines = [Line(points, _CURVE_COLOR, pale=True), Line(smooth(points), _CURVE_COLOR)]
+            smoothed = True
+
+        svg = plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
+        figures.append({"caption": _name(name), "svg": svg})
+
+    return {"figures": figures, "smoothed": smoothed} if figures else {}
+
+
+def _thresholds(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = _maps(metrics)
+
+    figures = []
+    for split, maps in sweeps.items():
+        lines = _sweep_lines(maps)
+        if not lines:
+            continue
+
+        marks = _chosen_marks(maps, chosen.get(split, {}))
+        svg = plot(lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9))
+        figures.append({"caption": f"mIoU in percent, {_name(split)} pictures", "svg": svg})
+
+    keys = dict.fromkeys(key for maps in sweeps.values() for key in maps)
+    return {"figures": figures, "legend": [_label(key) for key in keys]} if figures else {}
+
+
+def _sweep_lines(maps: Mapping[str, tuple[Any, Any]]) -> list[Line]:
+    lines = []
+    for key, (thresholds, miou) in maps.items():
+        points = finite(zip(thresholds, miou, strict=True))
+        if points:
+            lines.append(Line([(x, 100 * y) for x, y in points], _color(key)))
+
+    return lines
+
+
+def _chosen_marks(maps: Iterable[str], chosen: Mapping[str, Any]) -> list[Mark]:
+    """The threshold that was chosen for each map with masks, and the one without."""
+    marks = []
+    for key in maps:
+        value = chosen.get(key, {})
+        for suffix in ("", "_mask_free"):
+            threshold = number(value.get(f"threshold{suffix}"))
+            miou = number(value.get(f"miou{suffix}"))
+            if threshold is not None and miou is not None:
+                marks.append(Mark(threshold, 100 * miou, _color(key), filled=not suffix))
+
+    return marks
+
+
+def _classes(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By split, a group of bars for each class, with a bar for each map."""
+    splits = []
+    for split, tables in _tables(metrics).items():
+        groups = []
+        for name in dict.fromkeys(name for table in tables.values() for name in table):
+            bars = [_bar(_color(key), table.get(name)) for key, table in tables.items()]
+            groups.append({"name": name, "bars": bars})
+
+        if groups:
+            legend = [_label(key) for key in tables]
+            splits.append({"split": _name(split), "legend": legend, "groups": groups})
+
+    return splits
+
+
+def _tables(metrics: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """IoU by split, map and class; the segmentation network counts as a map."""
+    splits: dict[str, dict[str, Mapping[str, Any]]] = {}
+
+    for split, maps in _maps(metrics).items():
+        splits[split] = {key: value["per_class"] for key, value in maps.items() if value.get("per_class")}
+
+    for split, value in _part(metrics, "segmentation").items():
+        if value.get("per_class"):
+            splits.setdefault(split, {})["segmentation"] = value["per_class"]
+
+    return splits
+
+
+def _bar(color: str, value: object) -> dict[str, str]:
+    share = min(max(number(value) or 0, 0), 1)
+    return {"color": color, "width": f"{100 * share:.1f}%", "score": percent(value)}
+
+
+def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, Any]:
+    groups = {heading: group for heading, group in _ranked(pictures).items() if group}
+    shown = [picture for group in groups.values() for picture in group]
+    if not shown:
+        return {}
+
+    columns = list(dict.fromkeys(name for picture in shown for name in picture.panels))
+    if any(picture.truth is not None for picture in shown):
+        columns.insert(0, "truth")
+
+    tables = []
+    for heading, group in groups.items():
+        rows = [_row(picture, columns) for picture in group]
+        tables.append({"heading": heading, "rows": rows})
+
+    layers = [layer for picture in shown for layer in _layers(picture).values()]
+    return {
+        "heat": _heat_colors(layers),
+        "legend": _mask_legend(layers, classes),
+        "columns": [_name(column) for column in ("image", *columns)],
+        "tables": tables,
+    }
+
+
+def _ranked(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
+    """The best, the worst and those without a score; no picture is in two groups."""
+    scores = [(number(picture.score), picture) for picture in pictures]
+    unscored = [picture for score, picture in scores if score is None]
+
+    scored = [(score, picture) for score, picture in scores if score is not None]
+    scored.sort(key=lambda pair: -pair[0])
+    ranked = [picture for _, picture in scored]
+
+    best = min(_SHOWN, (len(ranked) + 1) // 2)
+    worst = min(_SHOWN, len(ranked) // 2)
+    return {
+        "Best": ranked[:best],
+        "Worst": ranked[::-1][:worst],
+        "Without a score": unscored[:_SHOWN],
+    }
+
+
+def _row(picture: Picture, columns: Sequence[str]) -> dict[str, Any]:
+    layers = _layers(picture)
+
+    cells = [{"alt": f"{picture.id}: image", "uri": data_uri(picture.image)}]
+    for column in columns:
+        uri = ""
+        if column in layers:
+            uri = data_uri(overlay(picture.image, layers[column]))
+
+        cells.append({"alt": f"{picture.id}: {column}", "uri": uri})
+
+    return {"id": picture.id, "score": percent(picture.score), "tags": picture.tags, "cells": cells}
+
+
+def _layers(picture: Picture) -> dict[str, Tensor]:
+    """Its truth, if there is one, and its panels."""
+    if picture.truth is None:
+        return dict(picture.panels)
+
+    return {"truth": picture.truth, **picture.panels}
+
+
+def _heat_colors(layers: Sequence[Tensor]) -> str:
+    """The colors from 0 to 1, empty where there is no heat map."""
+    if not any(layer.is_floating_point() for layer in layers):
+        return ""
+
+    return ",".join(f"rgb{color}" for color in HEAT)
+
+
+def _mask_legend(layers: Sequence[Tensor], classes: Sequence[str]) -> list[dict[str, str]]:
+    """The colors of the classes that occur in the masks."""
+    values: set[int] = set()
+    for layer in layers:
+        if not layer.is_floating_point():
+            values.update(layer.long().flatten().tolist())
+
+    colors = [f"rgb{tuple(color)}" for color in palette().tolist()]
+    return [{"name": _class_name(value, classes), "color": colors[value]} for value in sorted(values - {0})]
+
+
+def _class_name(value: int, classes: Sequence[str]) -> str:
+    if value == 255:
+        return "void"
+
+    if value > len(classes):
+        return f"class {value}"
+
+    return classes[value - 1]
+
+
+def _run(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = metrics.get("seconds")
+    time = None if seconds is None else duration(seconds)
+    facts = {
+        "method": metrics.get("method"),
+        "seed": metrics.get("seed"),
+        "time": time,
+        "peak memory": _memory(metrics),
+        **(metrics.get("versions") or {}),
+    }
+
+    settings = dict(config)
+    command = settings.pop("command", None)
+    if command is not None:
+        command = _text(command)
+
+    run = {"command": command, "facts": _entries(facts), "settings": _entries(settings)}
+    return run if any(run.values()) else {}
+
+
+def _entries(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, _text(value)) for key, value in values.items() if value is not None]
+
+
+def _text(value: object) -> str:
+    """A setting as text: what has parts as JSON, the rest as Python writes it."""
+    if isinstance(value, (dict, list, tuple, bool)):
+        return json.dumps(value, default=str)
+
+    return str(value)
 
 
 def _part(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -142,260 +474,30 @@ def _part(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _maps(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {
-        split: {key: value for key, value in maps.items() if value} for split, maps in _part(metrics, "maps").items()
-    }
+    """The scores of every map by split, without the maps that have none."""
+    splits = _part(metrics, "maps")
+    return {split: {key: value for key, value in maps.items() if value} for split, maps in splits.items()}
 
 
-def _minus(a: object, b: object) -> float | None:
-    x, y = setting.number(a), setting.number(b)
-    return None if x is None or y is None else x - y
-
-
-def _plain(names: Iterable[str]) -> str:  # what the other maps are compared with
-    return "text" if "text" in names else "cam"
+def _plain(maps: Iterable[str]) -> str:
+    """The map that the others are compared with."""
+    return "text" if "text" in maps else "cam"
 
 
 def _memory(metrics: Mapping[str, Any]) -> str | None:
-    memory = setting.number(metrics.get("peak_memory_mb"))
+    memory = number(metrics.get("peak_memory_mb"))
     return None if memory is None else f"{memory:,.0f} MB"
 
 
-def _subtitle(metrics: Mapping[str, Any]) -> str:
-    version = (metrics.get("versions") or {}).get("protoseg")
-    facts = (("method ", metrics.get("method")), ("seed ", metrics.get("seed")), ("protoseg ", version))
-    text = " · ".join(f"{name}{value}" for name, value in facts if value is not None)
-    return f"<p>{escape(text)}</p>" if text else ""
+def _label(key: str) -> dict[str, str]:
+    """A map's name with the color of its dot."""
+    return {"name": _name(key), "color": _color(key)}
 
 
-def _cards(metrics: Mapping[str, Any]) -> str:
-    """The few numbers that a reader wants first."""
-    cards = []
-    for split, maps in _maps(metrics).items():
-        known = {key: miou for key in maps if (miou := setting.number(maps[key].get("miou"))) is not None}
-        if known:
-            best = max(known, key=lambda key: known[key])
-            plain = _plain(known)
-            over = _minus(known[best], known.get(plain))
-            note = "" if over is None or best == plain else f"<br>{setting.difference(over)} over {_name(plain)}"
-            cards.append((_name(best), setting.percent(known[best]), f"mIoU, {_name(split)}{note}"))
-    for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
-        for split, values in _part(metrics, key).items():
-            cards.append((heading, setting.percent(values.get("miou")), f"mIoU, {_name(split)}"))
-    if setting.number(metrics.get("seconds")) is not None:
-        memory = _memory(metrics)
-        cards.append(("Time", setting.duration(metrics["seconds"]), f"{memory} at the peak" if memory else ""))
-    html = "".join(f'<div class="card"><h3>{h}</h3><b>{v}</b><small>{note}</small></div>' for h, v, note in cards)
-    return f'<div class="cards">{html}</div>' if html else ""
+def _name(key: str) -> str:
+    return _NAMES.get(key, key.replace("_", " "))
 
 
-def _results(metrics: Mapping[str, Any]) -> str:
-    rows, plain = [], _plain({key for maps in _maps(metrics).values() for key in maps})
-    for split, maps in _maps(metrics).items():
-        scores = [setting.number(value.get("miou")) for value in maps.values()]
-        top = max((score for score in scores if score is not None), default=None)
-        for i, (key, value) in enumerate(maps.items()):
-            blind = value.get("miou_mask_free")
-            over = None if key == plain else _minus(scores[i], maps.get(plain, {}).get("miou"))
-            cells = (
-                setting.percent(scores[i]),
-                setting.difference(over),
-                setting.fixed(value.get("threshold")),
-                setting.percent(blind),
-                setting.fixed(value.get("threshold_mask_free")),
-                setting.difference(_minus(blind, scores[i])),
-                setting.fixed(value.get("contrast")),
-            )
-            best = scores[i] is not None and scores[i] == top
-            rows.append(_result(split if i == 0 else "", _dot(_colour(key)) + _name(key), cells, best))
-    for key, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
-        for split, values in _part(metrics, key).items():
-            rows.append(_result(split, heading, (setting.percent(values.get("miou")), *[setting.DASH] * 6)))
-    if not rows:
-        return ""
-    return (
-        "<p>Mean IoU over background and classes, in percent. A threshold chosen with masks is the best of a "
-        "sweep and flatters; one chosen without masks is what a user without masks gets, and the column after "
-        "it says what that costs. Contrast needs no masks either: the share of the features' variance in a picture "
-        "that lies between the regions of its map. More is likely better, but flatters a map that is made from the "
-        "picture's own prototypes."
-        '</p><div class="scroll"><table class="numbers"><thead>'
-        '<tr><th colspan="2"></th><th class="n" colspan="3">Threshold chosen with masks</th>'
-        '<th class="n left" colspan="3">Threshold chosen without masks</th>'
-        '<th class="n left"></th></tr>'
-        f'<tr><th>Pictures</th><th>Map</th><th class="n">mIoU</th><th class="n">over {_name(plain)}</th>'
-        '<th class="n">threshold</th><th class="n left">mIoU</th><th class="n">threshold</th>'
-        '<th class="n">change</th><th class="n left">contrast</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _result(split: str, heading: str, cells: Sequence[str], best: bool = False) -> str:
-    kinds = ["n best" if best else "n", "n", "n", "n left", "n", "n", "n left"]
-    html = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))
-    first = ' class="first"' if split else ""
-    return f'<tr{first}><td>{_name(split)}</td><th scope="row">{heading}</th>{html}</tr>'
-
-
-def _curves(history: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    figures, noisy = "", False
-    for name, curve in history.items():
-        points = setting.finite(curve)
-        points = points[:: 1 + len(points) // 2000]  # more could not be told apart, and would swell the file
-        if points:
-            lines = [Line(points, _COLOURS["pacam"])]
-            if len(points) > 60:
-                noisy = True
-                lines = [Line(points, _COLOURS["pacam"], True), Line(setting.smooth(points), _COLOURS["pacam"])]
-            svg = setting.plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
-            figures += f"<figure><figcaption>{_name(name)}</figcaption>{svg}</figure>"
-    note = "<p>Pale: logged values. Full: their moving average.</p>" if noisy else ""
-    return f'{note}<div class="plots">{figures}</div>' if figures else ""
-
-
-def _sweeps(sweeps: Mapping[str, Mapping[str, tuple[Any, Any]]], chosen: Mapping[str, Any]) -> str:
-    figures = ""
-    for split, maps in sweeps.items():
-        lines, marks = [], []
-        for key, (thresholds, miou) in maps.items():
-            points = [(t, 100 * y) for t, y in setting.finite(zip(thresholds, miou, strict=True))]
-            if points:
-                lines.append(Line(points, _colour(key)))
-            value = chosen.get(split, {}).get(key, {})
-            for suffix in ("", "_mask_free"):
-                x, y = setting.number(value.get(f"threshold{suffix}")), setting.number(value.get(f"miou{suffix}"))
-                if x is not None and y is not None:
-                    marks.append(Mark(x, 100 * y, _colour(key), filled=not suffix))
-        if lines:
-            svg = setting.plot(lines, marks, label=f"mIoU by threshold, {split}", x_label="threshold", size=(5.2, 2.9))
-            figures += f"<figure><figcaption>mIoU in percent, {_name(split)} pictures</figcaption>{svg}</figure>"
-    if not figures:
-        return ""
-    keys = dict.fromkeys(key for maps in sweeps.values() for key in maps)
-    legend = _legend([*(_dot(_colour(key)) + _name(key) for key in keys), "● with masks", "○ without masks"])
-    return (
-        "<p>A pixel is foreground where its best class scores at least the threshold. A broad top forgives a "
-        "threshold that is off; a narrow one does not. The points are the thresholds chosen with and without "
-        f'masks.</p>{legend}<div class="plots wide">{figures}</div>'
-    )
-
-
-def _classes(metrics: Mapping[str, Any]) -> str:
-    """A group of bars for each class, a bar for each map."""
-    splits: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for split, maps in _maps(metrics).items():
-        splits[split] = {key: value["per_class"] for key, value in maps.items() if value.get("per_class")}
-    for split, value in _part(metrics, "segmentation").items():
-        if value.get("per_class"):
-            splits.setdefault(split, {})["segmentation"] = value["per_class"]
-    html = ""
-    for split, tables in splits.items():
-        groups = ""
-        for name in dict.fromkeys(name for table in tables.values() for name in table):
-            bars = "".join(_bar(_colour(key), table.get(name)) for key, table in tables.items())
-            groups += f'<div class="class"><span>{escape(str(name))}</span><div>{bars}</div></div>'
-        if groups:
-            legend = _legend(_dot(_colour(key)) + _name(key) for key in tables)
-            html += f'<h3>IoU in percent, {_name(split)} pictures</h3>{legend}<div class="bars">{groups}</div>'
-    return html
-
-
-def _bar(colour: str, value: object) -> str:
-    width = 100 * min(max(setting.number(value) or 0, 0), 1)
-    filled = f'<i style="width:{width:.1f}%;background:{colour}"></i>'
-    return f'<div class="bar"><i>{filled}</i><span>{setting.percent(value)}</span></div>'
-
-
-def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
-    scored = [(score, p) for p in pictures if (score := setting.number(p.score)) is not None]
-    ranked = [p for _, p in sorted(scored, key=lambda pair: -pair[0])]
-    groups = {
-        "Best": ranked[: min(_SHOWN, (len(ranked) + 1) // 2)],
-        "Worst": ranked[::-1][: min(_SHOWN, len(ranked) // 2)],
-        "Without a score": [p for p in pictures if setting.number(p.score) is None][:_SHOWN],
-    }
-    shown = [p for group in groups.values() for p in group]
-    if not shown:
-        return ""
-    html = _picture_legend(shown, classes)
-    columns = list(dict.fromkeys(name for p in shown for name in p.panels))
-    if any(p.truth is not None for p in shown):
-        columns.insert(0, "truth")
-    for heading, group in groups.items():
-        if group:
-            heads = "".join(f"<th>{_name(name)}</th>" for name in ("image", *columns))
-            rows = "".join(_picture(p, columns) for p in group)
-            style = f'class="pictures" style="--columns:{len(columns) + 1}"'
-            html += (
-                f'<h3>{heading}</h3><div class="scroll"><table {style}>'
-                f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-            )
-    return html
-
-
-def _layers(picture: Picture) -> dict[str, Tensor]:
-    truth = {} if picture.truth is None else {"truth": picture.truth}
-    return {**truth, **picture.panels}
-
-
-def _picture(picture: Picture, columns: Sequence[str]) -> str:
-    layers = _layers(picture)
-    cells = f"<td>{_image(picture.image, f'{picture.id}: image')}</td>"
-    for name in columns:
-        shown = setting.DASH
-        if name in layers:
-            shown = _image(overlay(picture.image, layers[name]), f"{picture.id}: {name}")
-        cells += f"<td>{shown}</td>"
-    tags = "".join(f"<span>{escape(str(tag))}</span>" for tag in picture.tags)
-    head = f"<b>{setting.percent(picture.score)}</b><code>{escape(picture.id)}</code>{tags}"
-    return f'<tr><th class="row" colspan="{len(columns) + 1}">{head}</th></tr><tr>{cells}</tr>'
-
-
-def _image(image: Tensor, label: str) -> str:
-    return f'<img alt="{escape(label)}" src="{setting.data_uri(image)}">'
-
-
-def _picture_legend(pictures: Sequence[Picture], classes: Sequence[str]) -> str:
-    """The colours of the heat maps, and of the classes that occur in the masks."""
-    layers = [layer for picture in pictures for layer in _layers(picture).values()]
-    masks = [layer.flatten().long().cpu() for layer in layers if not layer.is_floating_point()]
-    entries = []
-    if len(masks) < len(layers):
-        steps = ",".join(f"rgb{colour}" for colour in HEAT)
-        entries.append(f'score 0<i class="heat" style="background:linear-gradient(90deg,{steps})"></i>1')
-    for value in sorted(set(torch.cat(masks).tolist()) - {0}) if masks else ():
-        name = "void" if value == 255 else classes[value - 1] if value <= len(classes) else f"class {value}"
-        entries.append(_dot(f"rgb{tuple(palette()[value].tolist())}") + escape(str(name)))
-    return _legend(entries)
-
-
-def _run(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    facts = {
-        "method": metrics.get("method"),
-        "seed": metrics.get("seed"),
-        "time": None if metrics.get("seconds") is None else setting.duration(metrics["seconds"]),
-        "peak memory": _memory(metrics),
-        **(metrics.get("versions") or {}),
-    }
-    settings = dict(config)
-    command = settings.pop("command", None)
-    html = "" if command is None else f"<h3>Command</h3><pre>{escape(_text(command))}</pre>"
-    halves = "".join(
-        f"<div><h3>{heading}</h3><dl>{entries}</dl></div>"
-        for heading, entries in (("Facts", _entries(facts)), ("Settings", _entries(settings)))
-        if entries
-    )
-    return f'{html}<div class="halves">{halves}</div>' if halves else html
-
-
-def _entries(values: Mapping[str, Any]) -> str:
-    return "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(_text(value))}</dd>"
-        for key, value in values.items()
-        if value is not None
-    )
-
-
-def _text(value: object) -> str:
-    """A setting as text: what has parts as JSON, the rest as Python writes it."""
-    return json.dumps(value, default=str) if isinstance(value, (dict, list, tuple, bool)) else str(value)
+def _color(key: str) -> str:
+    # A name without a color gets one from its letters: the same in every section and in every run.
+    return _COLORS.get(key) or _MORE_COLORS[sum(key.encode()) % len(_MORE_COLORS)]
