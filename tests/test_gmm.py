@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from protoseg import GMMPrototypeRegularizer
 from protoseg.functional import em, match, symmetric_contrast
-from protoseg.modules.gmm import GroupPrototypes
+from protoseg.modules import GroupPrototypes, PublishedPrototypeRegularizer
 
 D, K, L, B = 6, 4, 11, 3
 
@@ -223,7 +223,7 @@ def test_prototypes_do_not_collapse_by_default(kernel: Any, scale: float) -> Non
     out = GMMPrototypeRegularizer(32, 8, kernel=kernel)(scale * tokens, groups)
     assert out.prototype_cosine < (1 + truth) / 2
     if kernel == "dot":
-        assert GMMPrototypeRegularizer(32, 8, compat="pgseg-repo")(tokens, groups).prototype_cosine > 0.999
+        assert PublishedPrototypeRegularizer(32, 8)(tokens, groups).prototype_cosine > 0.999
 
 
 def test_estimators_to_compare_with() -> None:
@@ -362,10 +362,11 @@ def test_bad_input() -> None:
         module(tokens, groups, torch.ones(B, L, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match=r"token_mask must be bool, got torch\.float32"):
         module(tokens, groups, torch.ones(B, L))
+    published = PublishedPrototypeRegularizer(D, K)
     with pytest.raises(ValueError, match="knows no token_mask"):
-        make(compat="pgseg-repo")(tokens, groups, torch.ones(B, L, dtype=torch.bool))
+        published(tokens, groups, torch.ones(B, L, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"needs as many groups as prototypes \(4\), got 3"):
-        make(compat="pgseg-repo")(tokens, groups[:, :3])
+        published(tokens, groups[:, :3])
     with pytest.raises(RuntimeError, match=r"mu is \(4, 6\) and this module's is \(5, 6\)"):
         GMMPrototypeRegularizer(D, 5).load_state_dict(module.state_dict())
     for name, value, message in (
@@ -376,7 +377,6 @@ def test_bad_input() -> None:
         ("reject_on", "l2", "reject_on must be one of"),
         ("estimator", "vb", "estimator must be one of"),
         ("matching", "auction", "matching must be one of"),
-        ("compat", "groupvit", "compat must be one of 'pgseg-repo'"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**{name: value})

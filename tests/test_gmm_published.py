@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg import GMMPrototypeRegularizer
 from protoseg.functional import match
+from protoseg.modules import PublishedPrototypeRegularizer
 
 D, K, L, B = 6, 4, 11, 3
 
@@ -41,7 +41,7 @@ def published_loop(mu: Tensor, tokens: Tensor, groups: Tensor, axis: int) -> tup
 
 @pytest.mark.parametrize("dim", [D, 1], ids=["image", "text"])
 def test_published_arithmetic_equals_a_loop(dim: int) -> None:
-    module = GMMPrototypeRegularizer(dim, K, compat="pgseg-repo").double()
+    module = PublishedPrototypeRegularizer(dim, K).double()
     torch.testing.assert_close(module.mu.norm(dim=0 if dim == 1 else 1), torch.ones(1 if dim == 1 else K).double())
     tokens, groups = torch.randn(B, L, dim).double(), torch.randn(B, K, dim).double()
     mu = module.mu.clone()

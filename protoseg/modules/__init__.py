@@ -2,6 +2,7 @@
 
 from protoseg.modules.context import ContextPrototypeBank, ContextPrototypes, MapContrast
 from protoseg.modules.gmm import GMMPrototypeRegularizer, GroupPrototypes
+from protoseg.modules.gmm_published import PublishedPrototypeRegularizer
 from protoseg.modules.regional import ContrastedRegions, RegionalSemanticContrast
 from protoseg.modules.vision import VisionPrototypeLearner
 
@@ -12,6 +13,7 @@ __all__ = [
     "GMMPrototypeRegularizer",
     "GroupPrototypes",
     "MapContrast",
+    "PublishedPrototypeRegularizer",
     "RegionalSemanticContrast",
     "VisionPrototypeLearner",
 ]

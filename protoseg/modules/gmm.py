@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from protoseg.functional import Kernel, Matching, Mixture, em, match, own_similarity, symmetric_contrast
-from protoseg.modules import gmm_published
+from protoseg.functional import (
+    Kernel,
+    Matching,
+    Mixture,
+    em,
+    match,
+    own_similarity,
+    symmetric_contrast,
+)
+from protoseg.modules.base import PrototypeModule, computed_again
 from protoseg.utils import checks, distributed
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 __all__ = ["Estimator", "GMMPrototypeRegularizer", "GroupPrototypes", "RejectOn"]
 
 Estimator = Literal["gmm", "kmeans", "random"]
 RejectOn = Literal["cosine", "minmax"]
 LARGEST_SCALE = 100.0
+PATIENCE = 100  # passes without an accepted pair before a warning
 
 
 class GroupPrototypes(NamedTuple):
@@ -45,7 +55,7 @@ class GroupPrototypes(NamedTuple):
     prototype_cosine: Tensor
 
 
-class GMMPrototypeRegularizer(nn.Module):
+class GMMPrototypeRegularizer(PrototypeModule):
     r"""Pulls each group token to a prototype of its own, which EM finds in the tokens that are grouped.
 
     For tokens :math:`x_l` and group tokens :math:`g` of an image (section 4.1 of the paper):
@@ -59,10 +69,13 @@ class GMMPrototypeRegularizer(nn.Module):
     In ``train()`` the buffer then moves: :math:`\mu \leftarrow \gamma \mu + (1 - \gamma) \bar\mu` with the mean
     prototypes over the images of all ranks, and back to unit length.
 
+    In a process group all ranks share one :math:`\mu` and one temperature, those of rank 0 at the first pass, whether
+    the module is inside ``DistributedDataParallel`` or beside it.
+
     The gradient reaches the group tokens and the temperature; the tokens only with ``detach_tokens=False``. The same
     class serves image tokens and word tokens, the latter projected to ``dim``, with a ``token_mask`` for the padding.
 
-    Deviations from the published code, each of which ``compat="pgseg-repo"`` undoes:
+    Deviations from the published code, each of which :class:`protoseg.modules.PublishedPrototypeRegularizer` undoes:
 
     - its matching minimizes the total cosine;
     - its rejection tests the min-max normalized cosine of every group to prototype 0, not to its own, and so takes the
@@ -86,14 +99,12 @@ class GMMPrototypeRegularizer(nn.Module):
         reject_on: What has to exceed it: ``"cosine"``, the pair's own cosine; ``"minmax"``, the same, normalized to
             0..1 over the image's groups for each prototype. The paper does not say which.
         temperature: :math:`t` above 0, 0.1 in the published code.
-        learnable_temperature: Train its logarithm, at most 100 for :math:`1/t`, as the published code does.
+        learnable_temperature: Train its logarithm, at most 100 for :math:`1/t`, as the published code does. Leave the
+            parameter ``log_scale`` out of weight decay: AdamW's default takes :math:`1/t` from 10 to 8 in 2000 steps.
         estimator: ``"gmm"``; to compare with: ``"kmeans"`` (hard shares) and ``"random"`` (K random tokens).
         matching: ``"hungarian"``; to compare with: ``"greedy"`` and ``"none"`` (each group its best prototype).
         detach_tokens: Keep the gradient from the tokens, as the paper does. False lets it through the last M-step, the
             shares being constant: for tokens that come out of a projection which nothing else would train.
-        compat: ``"pgseg-repo"`` for the published arithmetic, error by error, to continue released weights; the
-            options of kernel, bandwidth, rejection, estimator and matching do not count then, and ``K`` must equal
-            ``G``.
         check_values: Whether to look for NaN and infinity, which waits for the device. By default on the CPU only;
             never while compiling. Prototypes that are not finite never move the buffer.
         device: Where the state lives.
@@ -136,11 +147,10 @@ class GMMPrototypeRegularizer(nn.Module):
         estimator: Estimator = "gmm",
         matching: Matching = "hungarian",
         detach_tokens: bool = True,
-        compat: Literal["pgseg-repo"] | None = None,
         check_values: bool | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(check_values)
         me = type(self).__name__
         for name, value in {
             "dim": dim,
@@ -155,99 +165,152 @@ class GMMPrototypeRegularizer(nn.Module):
         checks.choice(me, "reject_on", reject_on, get_args(RejectOn))
         checks.choice(me, "estimator", estimator, get_args(Estimator))
         checks.choice(me, "matching", matching, get_args(Matching))
-        if compat is not None:
-            checks.choice(me, "compat", compat, ("pgseg-repo",))
-        self.dim, self.num_prototypes, self.iterations = dim, num_prototypes, iterations
+
+        self.iterations = iterations
         self.kernel: Kernel = kernel
-        self.bandwidth, self.momentum = bandwidth, momentum
+        self.bandwidth = bandwidth
+        self.momentum = momentum
         self.reject_threshold = reject_threshold
         self.reject_on: RejectOn = reject_on
         self.temperature = temperature
         self.estimator: Estimator = estimator
         self.matching: Matching = matching
         self.detach_tokens = detach_tokens
-        self.compat, self.check_values = compat, check_values
+        self._agreed = False
+        self._rejected = 0  # passes in a row in which no pair was accepted
         self.log_scale = nn.Parameter(torch.zeros((), device=device), requires_grad=learnable_temperature)
         self.register_buffer("mu", torch.empty(num_prototypes, dim, device=device))
         self.reset_parameters()
+
+    @property
+    def num_prototypes(self) -> int:
+        """``K``."""
+        return self.mu.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return self.mu.shape[1]
 
     def reset_parameters(self) -> None:
         """Draw the shared prototypes anew and set the temperature back."""
         with torch.no_grad():
             self.log_scale.fill_(-math.log(self.temperature))
             self.mu.normal_()
-            # Of one channel the published code scales the prototypes together.
-            self.mu.copy_(unit(self.mu, 0 if self.compat and self.dim == 1 else -1))
+            self.mu.copy_(unit(self.mu))
 
     def forward(self, tokens: Tensor, group_tokens: Tensor, token_mask: Tensor | None = None) -> GroupPrototypes:
         """Compute prototypes, matches and loss; in ``train()`` then move ``mu``. See the class for shapes, errors."""
         self._check(tokens, group_tokens, token_mask)
-        with torch.autocast(group_tokens.device.type, enabled=False):
-            return self._forward(tokens, group_tokens, token_mask)
+        if self.training:
+            self._agree()
+        inputs = (tokens, group_tokens)
+        again = self.training and computed_again()
+        mu = self._passes.recall(type(self).__name__, inputs) if again else self.mu.clone()
 
-    def _forward(self, tokens: Tensor, group_tokens: Tensor, mask: Tensor | None) -> GroupPrototypes:
+        with no_autocast(group_tokens.device):
+            out, known = self._steps(tokens, group_tokens, token_mask, mu)
+            if self.training and not again:
+                self._passes.keep(inputs, mu)
+                self._move(out.prototypes, known)
+                self._tell_rejection(out.accepted)
         dtype = group_tokens.dtype
-        groups = full_precision(group_tokens)
-        scale = self.log_scale.to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
-        tokens = tokens.to(groups.dtype)
-        prototypes, responsibilities = self.estimate(tokens, mask)
-        # All but those of the gaussian kernel are directions already.
-        directions = unit(prototypes) if self.kernel == "gaussian" or self.compat is not None else prototypes
-        if not self.detach_tokens and self.compat is None:
-            kept = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
-            sums = responsibilities.transpose(1, 2) @ (unit(kept) if self.kernel == "cosine" else kept)
-            directions = torch.where((responsibilities > 0).any(1).unsqueeze(-1), unit(sums), directions)
-        known = prototypes.new_ones(len(prototypes), dtype=torch.bool) if mask is None else mask.any(1)
-        if self.compat is None:
-            # Divided after the product, which is smaller than the groups.
-            length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
-            length = torch.where(length > 1e-12, length, torch.ones_like(length))
-            similarity = groups @ directions.transpose(1, 2) / length
-            matched = match(similarity, self.matching)
-            own = own_similarity(similarity, matched)
-            accepted = self._accept(similarity.detach(), matched) & known.unsqueeze(1)
-            loss = symmetric_contrast(similarity, matched, accepted, scale)
-        else:
-            # In the published order, to the last bit: prototypes that are all the same leave the matching to rounding.
-            similarity = unit(groups) @ directions.transpose(1, 2)
-            matched = match(-similarity)
-            own = own_similarity(similarity, matched)
-            loss, accepted = gmm_published.contrast(similarity, matched, scale, self.reject_threshold)
-        if self.training and (self.compat is None or self.dim == 1):
-            self._move(prototypes, known)
-        pairs = ((matched >= 0) & known.unsqueeze(1)).sum().clamp_min(1)
-        return GroupPrototypes(
-            loss=loss,
-            prototypes=prototypes.to(dtype),
-            responsibilities=responsibilities.to(dtype),
-            match=matched,
-            similarity=own.to(dtype),
-            accepted=accepted,
-            accept_rate=(accepted.sum() / pairs).to(dtype),
-            prototype_cosine=_mean_cosine(directions.detach(), known).to(dtype),
+        return out._replace(
+            prototypes=out.prototypes.to(dtype),
+            responsibilities=out.responsibilities.to(dtype),
+            similarity=out.similarity.to(dtype),
+            accept_rate=out.accept_rate.to(dtype),
+            prototype_cosine=out.prototype_cosine.to(dtype),
         )
+
+    def _steps(
+        self, tokens: Tensor, group_tokens: Tensor, mask: Tensor | None, mu: Tensor
+    ) -> tuple[GroupPrototypes, Tensor]:
+        """The output in full precision, and the images that have a token ``[B]``."""
+        groups = full_precision(group_tokens)
+        tokens = tokens.to(groups.dtype)
+        known = groups.new_ones(len(groups), dtype=torch.bool) if mask is None else mask.any(1)
+
+        # 1. Prototypes, and their directions.
+        prototypes, responsibilities = self._estimate(tokens, mask, mu)
+        directions = self._directions(prototypes, responsibilities, tokens, mask)
+
+        # 2 to 4. Matching, rejection, loss.
+        scale = distributed.mean_gradient(self.log_scale).to(groups.dtype).exp().clamp_max(LARGEST_SCALE)
+        loss, similarity, matched, accepted = self._contrast(groups, directions, known, scale)
+
+        pairs = ((matched >= 0) & known.unsqueeze(1)).sum().clamp_min(1)
+        out = GroupPrototypes(
+            loss=loss,
+            prototypes=prototypes,
+            responsibilities=responsibilities,
+            match=matched,
+            similarity=own_similarity(similarity, matched),
+            accepted=accepted,
+            accept_rate=accepted.sum() / pairs,
+            prototype_cosine=_mean_cosine(directions.detach(), known),
+        )
+        return out, known
 
     @torch.no_grad()
     def estimate(self, tokens: Tensor, mask: Tensor | None = None) -> Mixture:
         """Find the prototypes of tokens ``[B, L, D]``, without matching and without changing anything."""
-        start = self.mu.to(tokens.dtype)
-        if self.compat is not None:
-            return gmm_published.em(tokens, start, self.iterations)
+        return self._estimate(tokens, mask, self.mu)
+
+    @torch.no_grad()
+    def _estimate(self, tokens: Tensor, mask: Tensor | None, mu: Tensor) -> Mixture:
+        """Step 1 from the start ``mu``."""
+        start = mu.to(tokens.dtype)
         if self.estimator == "random":
             return _random_tokens(tokens, mask, start)
         if mask is not None:
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+        # The bandwidth is in units of the tokens' own length.
         bandwidth: float | Tensor = self.bandwidth
         if self.kernel != "cosine":
             count = tokens.shape[1] if mask is None else mask.sum(1).clamp_min(1)
             length = (torch.linalg.vector_norm(tokens, dim=-1).sum(1) / count).clamp_min(1e-6)
             bandwidth = bandwidth * length
-            if self.kernel == "gaussian":  # its means are not directions: they start at the tokens' length
-                bandwidth, start = bandwidth * length, start * length[:, None, None]
-        options: dict[str, Any] = {"iterations": self.iterations, "kernel": self.kernel, "bandwidth": bandwidth}
-        return em(tokens, start, mask, hard=self.estimator == "kmeans", **options)
+            if self.kernel == "gaussian":
+                # Its means are not directions: they start at the tokens' length.
+                bandwidth = bandwidth * length
+                start = start * length[:, None, None]
+
+        hard = self.estimator == "kmeans"
+        return em(tokens, start, mask, iterations=self.iterations, kernel=self.kernel, bandwidth=bandwidth, hard=hard)
+
+    def _directions(self, prototypes: Tensor, responsibilities: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Prototypes of unit length; those of EM, but for the gaussian kernel, have it already."""
+        directions = prototypes
+        if self.kernel == "gaussian":
+            directions = unit(prototypes)
+        if self.detach_tokens:
+            return directions
+
+        # The last M-step once more, with a gradient to the tokens.
+        kept = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if self.kernel == "cosine":
+            kept = unit(kept)
+        sums = responsibilities.transpose(1, 2) @ kept
+        served = (responsibilities > 0).any(1).unsqueeze(-1)
+        return torch.where(served, unit(sums), directions)
+
+    def _contrast(
+        self, groups: Tensor, directions: Tensor, known: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Steps 2 to 4: loss, similarity ``[B, G, K]``, matches ``[B, G]`` and accepted pairs ``[B, G]``."""
+        # Divided after the product, which is smaller than the groups.
+        length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
+        length = torch.where(length > 1e-12, length, torch.ones_like(length))
+        similarity = groups @ directions.transpose(1, 2) / length
+
+        matched = match(similarity, self.matching)
+        accepted = self._accept(similarity.detach(), matched) & known.unsqueeze(1)
+        return symmetric_contrast(similarity, matched, accepted, scale), similarity, matched, accepted
 
     def _accept(self, similarity: Tensor, matched: Tensor) -> Tensor:
+        """Step 3."""
         if self.reject_on == "minmax":
             low, high = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
             similarity = (similarity - low) / (high - low).clamp_min(1e-6)
@@ -255,18 +318,44 @@ class GMMPrototypeRegularizer(nn.Module):
 
     @torch.no_grad()
     def _move(self, prototypes: Tensor, known: Tensor) -> None:
+        """Move ``mu`` towards the mean prototypes of all ranks, and back to unit length."""
+        total, count = self._arrivals(prototypes, known)
+        move(self.mu, total, count, self.momentum, True)
+
+    def _arrivals(self, prototypes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the prototypes of all images that are finite, and how many they are."""
         # A sum is finite only where every value is, and of directions it does not overflow.
         usable = known & prototypes.sum((1, 2)).isfinite()
-        total = torch.where(usable[:, None, None], prototypes, 0.0).sum(0).to(self.mu.dtype)
-        move(self.mu, total, usable.sum().to(self.mu.dtype), self.momentum, self.compat is None)
+        total = torch.where(usable[:, None, None], prototypes, 0.0).sum(0)
+        return total.to(self.mu.dtype), usable.sum().to(self.mu.dtype)
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the state of rank 0, once: ranks may have drawn different ones."""
+        if self._agreed or torch.compiler.is_compiling() or distributed.world_size() == 1:
+            return
+        distributed.broadcast(self.mu)
+        distributed.broadcast(self.log_scale)
+        self._agreed = True
+
+    def _tell_rejection(self, accepted: Tensor) -> None:
+        """Warn where no pair has been accepted for long: then nothing is trained."""
+        if not self._looks_at_values(accepted):
+            return
+        self._rejected = 0 if bool(accepted.any()) else self._rejected + 1
+        if self._rejected == PATIENCE:
+            warnings.warn(
+                f"{type(self).__name__}: no pair was accepted in {PATIENCE} passes, so that the loss trains nothing; "
+                f"lower reject_threshold={self.reject_threshold}, or look whether groups and tokens are of one space",
+                stacklevel=3,
+            )
 
     def extra_repr(self) -> str:
         """Sizes and modes, as in the constructor."""
-        compat = f", compat={self.compat!r}" if self.compat else ""
         return (
             f"dim={self.dim}, num_prototypes={self.num_prototypes}, iterations={self.iterations}, "
             f"kernel={self.kernel!r}, bandwidth={self.bandwidth}, estimator={self.estimator!r}, "
-            f"matching={self.matching!r}, reject_threshold={self.reject_threshold}{compat}"
+            f"matching={self.matching!r}, reject_threshold={self.reject_threshold}"
         )
 
     def _check(self, tokens: Tensor, group_tokens: Tensor, mask: Tensor | None) -> None:
@@ -277,22 +366,11 @@ class GMMPrototypeRegularizer(nn.Module):
         for name, value in (("tokens", tokens), ("group_tokens", group_tokens)):
             checks.floating(me, name, value)
             checks.not_empty(me, name, value)
-            checks.device(me, name, value, self.mu.device)
         if mask is not None:
             checks.shape(me, "token_mask", mask, tokens.shape[:2], "True where a token counts")
-            checks.device(me, "token_mask", mask, self.mu.device)
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{me}: token_mask must be bool, got {mask.dtype}; True where a token counts")
-        if self.compat is not None:
-            if mask is not None:
-                raise ValueError(f"{me}: the published code knows no token_mask; leave it out or leave compat out")
-            if group_tokens.shape[1] != self.num_prototypes:
-                raise ValueError(
-                    f'{me}: compat="pgseg-repo" needs as many groups as prototypes ({self.num_prototypes}), got '
-                    f"{group_tokens.shape[1]}"
-                )
-        wanted = tokens.device.type == "cpu" if self.check_values is None else self.check_values
-        if wanted and not torch.compiler.is_compiling():
+            checks.boolean(me, "token_mask", mask)
+        self._same_device(self.mu.device, tokens=tokens, group_tokens=group_tokens, token_mask=mask)
+        if self._looks_at_values(tokens):
             checks.finite(me, "tokens", tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0))
             checks.finite(me, "group_tokens", group_tokens)
 

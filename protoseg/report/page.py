@@ -32,7 +32,7 @@ _NAMES = {
     "pacam": "PACAM",
     "zeroshot": "Zero-shot",
     "text": "Text",
-    "text_centred": "Text, centred",
+    "text_centered": "Text, centered",
     "vision": "Vision",
     "vision_affinity": "Vision, affinity",
     "train": "training",
@@ -44,7 +44,7 @@ _COLORS = {
     "pacam": "#0b6bcb",
     "segmentation": "#1a8f5a",
     "text": "#8a94a3",
-    "text_centred": "#e08a00",
+    "text_centered": "#e08a00",
     "vision": "#0b6bcb",
     "vision_affinity": "#8b5cf6",
 }

@@ -45,6 +45,33 @@ class _Gather(torch.autograd.Function):
         return total[first : first + ctx.rows]
 
 
+def mean_gradient(parameter: Tensor) -> Tensor:
+    """Return ``parameter``, whose gradient becomes the mean over the ranks, as for one that DDP knows."""
+    if world_size() == 1:
+        return parameter
+    shared: Tensor = _MeanGradient.apply(parameter)
+    return shared
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / world_size()
+
+
+@torch.no_grad()
+def broadcast(value: Tensor) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if world_size() > 1:
+        dist.broadcast(value, 0)
+
+
 @torch.no_grad()
 def all_gather(value: Tensor) -> Tensor:
     """Concatenate ``value`` of every rank along axis 0, in rank order, without gradient.

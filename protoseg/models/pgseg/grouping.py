@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.models.pgseg.units import AttentionUnit, Grouping, SlotUnit, TokenMixer
-from protoseg.modules.gmm import GMMPrototypeRegularizer, GroupPrototypes
+from protoseg.modules import GMMPrototypeRegularizer, GroupPrototypes, PublishedPrototypeRegularizer
 from protoseg.utils import checks
 from protoseg.utils.extras import require
 
@@ -39,7 +39,8 @@ class ImageConfig:
         drop_path: Largest rate of stochastic depth.
         reconstruct: Add the tokens' reconstruction from prototypes before grouping, through an MLP of 4096 channels.
             Not in the paper but in its published code and weights.
-        npr: Options of the :class:`protoseg.GMMPrototypeRegularizer` of each stage; None for none. There are as many
+        npr: Options of the :class:`protoseg.GMMPrototypeRegularizer` of each stage, with ``published=True`` of
+            :class:`protoseg.modules.PublishedPrototypeRegularizer`; None for none. There are as many
             prototypes as groups, unless ``num_prototypes`` is among them.
         npr_source: What prototypes are made of: ``"stage"``, the tokens that come into the stage (the published code);
             ``"unit"``, those that its blocks hand to the unit.
@@ -151,7 +152,10 @@ class Stage(nn.Module):
         self.npr_source, self.npr_target = config.npr_source, config.npr_target
         self.npr = None
         if config.npr is not None:
-            self.npr = GMMPrototypeRegularizer(dim, **{"num_prototypes": groups, **config.npr})
+            options = {"num_prototypes": groups, **config.npr}
+            published = options.pop("published", False)
+            regularizer = PublishedPrototypeRegularizer if published else GMMPrototypeRegularizer
+            self.npr = regularizer(dim, **options)
         self.reconstruct = ProjectionMLP(dim, dim) if config.reconstruct else None
 
     def forward(self, tokens: Tensor, previous: Tensor | None) -> StageOutput:

@@ -182,9 +182,9 @@ class PGSeg(nn.Module):
         """Load a checkpoint of the published PGSeg or GroupViT code, whose sizes are read off its tensors.
 
         Nothing in the file is executed: only tensors and plain values are read, other objects become inert. The
-        prototypes of PGSeg's keep the published arithmetic (``compat="pgseg-repo"``), which its weights were trained
-        with. What is not needed (the unused text mapping, the prototypes of its text path, GroupViT's multi-label
-        temperature) is named in ``left_out``.
+        prototypes of PGSeg's keep the published arithmetic, which its weights were trained with
+        (:class:`protoseg.modules.PublishedPrototypeRegularizer`). What is not needed (the unused text mapping, the
+        prototypes of its text path, GroupViT's multi-label temperature) is named in ``left_out``.
 
         Args:
             path: The ``.pth`` file.

@@ -70,7 +70,7 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         if layer + "downsample.mlp_inter.fc2.weight" in state:
             groups.append(state[layer + "downsample.mlp_inter.fc2.weight"].shape[0])
     reconstruct = any("downsample_spatial" in name for name in state)
-    npr: Mapping[str, Any] | None = {"compat": "pgseg-repo"} if reconstruct else None
+    npr: Mapping[str, Any] | None = {"published": True} if reconstruct else None
     image = ImageConfig(
         image_size=side * patch, patch_size=patch, dim=dim, heads=dim // 64, depths=tuple(depths), groups=tuple(groups),
         reconstruct=reconstruct, npr=npr,
