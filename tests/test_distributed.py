@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoseg import ContextPrototypeBank, attach
@@ -49,21 +45,16 @@ def train(network: nn.Module, half: slice) -> dict[str, Any]:
     return record
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def rank_main(rank: int) -> Any:
     gathered = all_gather(torch.tensor([[rank, 10.0]], requires_grad=True).T)
     network = DistributedDataParallel(Network(), broadcast_buffers=False)
     half = SIZE // 2
     record = train(network, slice(rank * half, (rank + 1) * half))
-    torch.save({**record, "gathered": gathered, "world": world_size()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {**record, "gathered": gathered, "world": world_size()}
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    spawn(rank_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_equal_one(two_processes: Any) -> None:
+    first, second = two_processes(rank_main)
     alone = train(Network(), slice(None))
 
     assert first["world"] == second["world"] == 2
@@ -110,19 +101,14 @@ def network_to_attach() -> nn.Module:
     return network
 
 
-def attached_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def attached_main(rank: int) -> Any:
     half = SIZE // 2
     record = attached(DistributedDataParallel(network_to_attach()), slice(rank * half, (rank + 1) * half))
-    torch.save(record, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return record
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-def test_a_tap_on_a_wrapped_network_equals_one_process(tmp_path: Path) -> None:
-    spawn(attached_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_a_tap_on_a_wrapped_network_equals_one_process(two_processes: Any) -> None:
+    first, second = two_processes(attached_main)
     alone = attached(network_to_attach(), slice(None))
     torch.testing.assert_close(first["bank"], second["bank"], rtol=0, atol=0)
     torch.testing.assert_close(first["bank"], dict(alone["bank"]), rtol=0, atol=1e-6)

@@ -6,15 +6,12 @@ import copy
 import io
 import math
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoseg import GMMPrototypeRegularizer
@@ -319,18 +316,13 @@ def train(network: nn.Module, half: slice) -> dict[str, Any]:
     return record
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def rank_main(rank: int) -> Any:
     network = DistributedDataParallel(Network(), broadcast_buffers=False)
-    torch.save(train(network, slice(3 * rank, 3 * rank + 3)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return train(network, slice(3 * rank, 3 * rank + 3))
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    spawn(rank_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_equal_one(two_processes: Any) -> None:
+    first, second = two_processes(rank_main)
     alone = train(Network(), slice(None))
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     torch.testing.assert_close(first["state"], alone["state"], rtol=0, atol=1e-6)

@@ -1,11 +1,9 @@
 import math
 import pickle
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.stats import f_oneway
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
@@ -344,19 +342,14 @@ def _everything(seeds: range) -> list[Tensor]:
     return [*exact, contrast.result().contrast]
 
 
-def _rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    torch.save(_everything(range(rank, 5, 2)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def _rank(rank: int) -> Any:
+    return _everything(range(rank, 5, 2))
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+def test_two_processes_equal_one(two_processes: Any) -> None:
+    both = two_processes(_rank)
     *expected, contrast = _everything(range(5))
-    for rank in range(2):
-        *found, theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for *found, theirs in both:
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(theirs, contrast, rtol=1e-12, atol=0)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
 from protoseg import VisionPrototypeLearner
@@ -88,7 +85,7 @@ def test_the_gradient_is_right_in_the_batch_and_in_fit(tags: bool, monkeypatch: 
     (wanted,) = torch.autograd.grad(found(features, given).loss, found.vision)
     monkeypatch.setattr(vision, "block_size", lambda _: 5 * D)  # and 5 does not divide the number of pictures
     target = found(features, given).target
-    objective = vision._Objective(found, features, target, 22 if tags else 23)
+    objective = vision._Objective(found.vision_temperature, features, target, 22 if tags else 23)
     value, slope = objective(found.vision)
     assert value == pytest.approx(found(features, given).loss.item(), abs=1e-12)
     torch.testing.assert_close(slope, wanted)
@@ -233,22 +230,18 @@ def test_bad_texts_and_options(text: Tensor, options: dict[str, Any], message: s
         VisionPrototypeLearner(text, **options)
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def rank_main(rank: int) -> Any:
     text, features, labels = made()
     part = slice(0, 9) if rank == 0 else slice(9, N)
     found = learner(text)
     loss = found(features[part], labels[part]).loss
     (slope,) = torch.autograd.grad(loss, found.vision)
     fitted = learner(text, balance=3).fit(features[part], labels[part])
-    torch.save({"loss": loss.detach(), "slope": slope, "fitted": fitted.prototypes.detach()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"loss": loss.detach(), "slope": slope, "fitted": fitted.prototypes.detach()}
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    spawn(rank_main, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_are_one(two_processes: Any) -> None:
+    first, second = two_processes(rank_main)
     text, features, labels = made()
     found = learner(text)
     loss = found(features, labels).loss

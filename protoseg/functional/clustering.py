@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import block_size, full_precision, masked_mean
+from protoseg.utils.numeric import block_size, full_precision, masked_mean, no_autocast
 
 
 class Clusters(NamedTuple):
@@ -65,7 +65,7 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     checks.shape("kmeans", "valid", valid, points.shape[:2])
     # A block of classes at a time, which on the CPU stays in its cache through all rounds, and always in the same room.
     block = max(1, block_size(points.device) // max(1, points.shape[1] * points.shape[2]))
-    with torch.autocast(points.device.type, enabled=False):
+    with no_autocast(points.device):
         blocks = zip(torch.split(points, block), torch.split(valid, block), strict=True)
         room = torch.empty_like(full_precision(points[:block]))
         parts = []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import full_precision
+from protoseg.utils.numeric import full_precision, no_autocast
 
 Matching = Literal["hungarian", "greedy", "none"]
 
@@ -134,7 +134,7 @@ def symmetric_contrast(similarity: Tensor, matched: Tensor, keep: Tensor, scale:
     checks.shape("symmetric_contrast", "similarity", similarity, ("B", "G", "K"))
     for name, value in (("matched", matched), ("keep", keep)):
         checks.shape("symmetric_contrast", name, value, similarity.shape[:2])
-    with torch.autocast(similarity.device.type, enabled=False):
+    with no_autocast(similarity.device):
         logits = full_precision(similarity) * scale
         place = matched.clamp_min(0).unsqueeze(-1)
         over_prototypes = F.log_softmax(logits, -1).gather(-1, place).squeeze(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 Kernel = Literal["dot", "gaussian", "cosine"]
 _TINY = 1e-12  # below it a share or a length is none
@@ -87,7 +87,7 @@ def em(
         checks.positive("em", "bandwidth", bandwidth)
     if mask is not None:
         checks.shape("em", "mask", mask, (batch, length))
-    with torch.autocast(tokens.device.type, enabled=False):
+    with no_autocast(tokens.device):
         tokens, centers = full_precision(tokens), full_precision(centers)
         if mask is not None:
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)

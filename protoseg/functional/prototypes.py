@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import full_precision, masked_mean, pixel_length, unit
+from protoseg.utils.numeric import full_precision, masked_mean, no_autocast, pixel_length, unit
 
 __all__ = [
     "Metric",
@@ -47,12 +47,14 @@ def masked_average_pooling(features: Tensor, masks: Tensor) -> tuple[Tensor, Ten
         >>> average.item(), valid.item()
         (2.5, True)
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         features = full_precision(features)
         weights = masks.to(features.dtype)
         total = weights.sum(dim=(-2, -1))
         summed = weights.flatten(2) @ features.flatten(2).transpose(1, 2)
-        return summed / total.clamp_min(_EPS).unsqueeze(-1), total > 0
+        # Of an empty mask the sum is 0, and must not be divided by next to nothing: that would be its gradient's scale.
+        size = torch.where(total > 0, total, torch.ones_like(total))
+        return summed / size.unsqueeze(-1), total > 0
 
 
 def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> Tensor:
@@ -77,7 +79,7 @@ def similarity(anchors: Tensor, prototypes: Tensor, metric: Metric = "dot") -> T
         [[-1.0, -2.0]]
     """
     checks.choice("similarity", "metric", metric, get_args(Metric))
-    with torch.autocast(anchors.device.type, enabled=False):
+    with no_autocast(anchors.device):
         anchors, prototypes = full_precision(anchors), full_precision(prototypes)
         if metric in ("l1", "l2"):
             # The faster route through a matrix product cancels digits where two points are close.
@@ -172,7 +174,7 @@ def mean_direction(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., D]`` of length at most 1; 0 where all weights are 0.
     """
-    with torch.autocast(prototypes.device.type, enabled=False):
+    with no_autocast(prototypes.device):
         prototypes = unit(full_precision(prototypes))
         return prototypes.mean(-2) if weights is None else weighted_mean(prototypes, weights)
 
@@ -191,7 +193,7 @@ def weighted_mean(prototypes: Tensor, weights: Tensor) -> Tensor:
         >>> weighted_mean(torch.tensor([[0.0, 4.0], [8.0, 0.0]]), torch.tensor([3.0, 1.0])).tolist()
         [2.0, 3.0]
     """
-    with torch.autocast(prototypes.device.type, enabled=False):
+    with no_autocast(prototypes.device):
         prototypes, weights = full_precision(prototypes), full_precision(weights)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(_EPS)
         return torch.einsum("...k,...kd->...d", weights, prototypes)
@@ -208,7 +210,7 @@ def dot_map(features: Tensor, directions: Tensor, origin: Tensor | None = None) 
     Returns:
         ``[B, N, H, W]``.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         flat, directions = full_precision(features).flatten(2), full_precision(directions)
         scores = directions @ flat
         if origin is not None:
@@ -227,7 +229,7 @@ def cosine_map(features: Tensor, directions: Tensor, origin: Tensor | None = Non
     Returns:
         ``[B, N, H, W]`` in ``[-1, 1]``.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         scores = dot_map(features, directions, origin)
         lengths = pixel_length(full_precision(features).flatten(2), origin)
         lengths = lengths.reshape(len(features), 1, *features.shape[-2:])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from protoseg.functional import masked_average_pooling
+from protoseg.modules.base import PrototypeModule
 from protoseg.utils import checks, distributed
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 __all__ = ["ContrastedRegions", "RegionalSemanticContrast"]
 
@@ -34,7 +35,7 @@ class ContrastedRegions(NamedTuple):
     counted: Tensor
 
 
-class RegionalSemanticContrast(nn.Module):
+class RegionalSemanticContrast(PrototypeModule):
     r"""Pulls the mean feature of each region to its class's prototype, away from those of other classes.
 
     With :math:`r_c` the mean of the dense features under the mask of class :math:`c`, :math:`v` the prototypes of all
@@ -54,6 +55,8 @@ class RegionalSemanticContrast(nn.Module):
         temperature: :math:`\tau` above 0.
         suppression: :math:`\lambda`, at least 0.
         least_area: Share of the picture in ``[0, 1]`` that a mask must cover to count; one of 0 never counts.
+        check_values: Whether to look for NaN, masks outside 0..1 and labels other than 0 and 1, which waits for the
+            device. By default on the CPU only; never while compiling.
 
     Shape:
         - features: ``[B, D, H, W]``
@@ -64,8 +67,9 @@ class RegionalSemanticContrast(nn.Module):
         - output: :class:`ContrastedRegions`
 
     Raises:
-        ValueError: Wrong shapes or sizes, labels that are not 0 and 1.
-        TypeError: Features or masks are of a wrong type.
+        ValueError: Wrong shapes, sizes or devices, NaN, masks that leave ``[0, 1]`` (logits do), labels that are not 0
+            and 1.
+        TypeError: Features, masks or prototypes are of a wrong type.
 
     Example:
         >>> features, masks = torch.randn(2, 8, 4, 4, requires_grad=True), torch.rand(2, 3, 4, 4)
@@ -76,14 +80,22 @@ class RegionalSemanticContrast(nn.Module):
         (torch.Size([2, 3, 8]), [[True, False, False], [False, True, True]])
     """
 
-    def __init__(self, *, temperature: float = 0.1, suppression: float = 1.0, least_area: float = 0.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        suppression: float = 1.0,
+        least_area: float = 0.0,
+        check_values: bool | None = None,
+    ) -> None:
+        super().__init__(check_values)
         me = type(self).__name__
         checks.positive(me, "temperature", temperature)
         checks.unit_interval(me, "least_area", least_area)
-        if not suppression >= 0:
-            raise ValueError(f"{me}: suppression must be at least 0, got {suppression}")
-        self.temperature, self.suppression, self.least_area = temperature, suppression, least_area
+        checks.between(me, "suppression", suppression, 0)
+        self.temperature = temperature
+        self.suppression = suppression
+        self.least_area = least_area
 
     def forward(
         self,
@@ -95,26 +107,45 @@ class RegionalSemanticContrast(nn.Module):
     ) -> ContrastedRegions:
         """Compute the loss. See the class for shapes and errors."""
         self._check(features, masks, prototypes, labels, background)
-        with torch.autocast(features.device.type, enabled=False):
-            features = full_precision(features)
-            masks = masks.to(features.dtype)
-            every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
-            regions, _ = masked_average_pooling(features, masks)
-            area = masks.mean((-2, -1))
-            known = (area > 0) & (area >= self.least_area)
-            similarity = unit(regions) @ unit(every.to(features.dtype)).T
-            log_p = (similarity / self.temperature).log_softmax(-1)
-            own = log_p.diagonal(dim1=1, dim2=2)
-            present = torch.ones_like(known) if labels is None else labels.to(known.device) != 0
-            counted, absent = known & present, known & ~present
-            contrast = -_mean(own, counted)
-            # log(1 - p) from log p, which keeps its digits where p is near 1.
-            others = torch.zeros_like(own)
-            if similarity.shape[-1] > 1:  # a class alone is sure of everything
-                others = log_p.masked_fill(_diagonal(similarity), -torch.inf).logsumexp(-1)
-            suppression = -_mean(others, absent)
-            loss = contrast + self.suppression * suppression
-            return ContrastedRegions(loss, contrast, suppression, regions, similarity, counted)
+        with no_autocast(features.device):
+            return self._compute(features, masks, prototypes, labels, background)
+
+    def _compute(
+        self,
+        features: Tensor,
+        masks: Tensor,
+        prototypes: Tensor,
+        labels: Tensor | None,
+        background: Tensor | None,
+    ) -> ContrastedRegions:
+        features = full_precision(features)
+        masks = masks.to(features.dtype)
+        every = prototypes.to(features.dtype)
+        if background is not None:
+            every = torch.cat([every, background.to(features.dtype)])
+
+        # Regions, and which of them count: of present classes for the contrast, of absent ones for the suppression.
+        regions, _ = masked_average_pooling(features, masks)
+        area = masks.mean((-2, -1))
+        known = (area > 0) & (area >= self.least_area)
+        present = torch.ones_like(known) if labels is None else labels > 0
+        counted = known & present
+        absent = known & ~present
+
+        # Probabilities of each region over all prototypes.
+        similarity = unit(regions) @ unit(every).T
+        log_p = (similarity / self.temperature).log_softmax(-1)
+        own = log_p.diagonal(dim1=1, dim2=2)
+        contrast = -_mean(own, counted)
+
+        # log(1 - p) from log p, which keeps its digits where p is near 1; a class alone is sure of everything.
+        others = torch.zeros_like(own)
+        if similarity.shape[-1] > 1:
+            others = log_p.masked_fill(_diagonal(similarity), -torch.inf).logsumexp(-1)
+        suppression = -_mean(others, absent)
+
+        loss = contrast + self.suppression * suppression
+        return ContrastedRegions(loss, contrast, suppression, regions, similarity, counted)
 
     def extra_repr(self) -> str:
         """The options, as in the constructor."""
@@ -133,11 +164,23 @@ class RegionalSemanticContrast(nn.Module):
         checks.shape(me, "masks", masks, (batch, classes, height, width), remedy)
         if masks.dtype != torch.bool:
             checks.floating(me, "masks", masks)
+        checks.floating(me, "prototypes", prototypes)
         if labels is not None:
             checks.shape(me, "labels", labels, (batch, classes), "one row per picture, one column per class")
-            checks.multi_hot(me, "labels", labels)
         if background is not None:
             checks.shape(me, "background", background, ("K", dim))
+            checks.floating(me, "background", background)
+        others = {"masks": masks, "prototypes": prototypes, "labels": labels, "background": background}
+        self._same_device(features.device, **others)
+
+        if self._looks_at_values(features):
+            for name, value in (("features", features), ("prototypes", prototypes), ("background", background)):
+                if value is not None:
+                    checks.finite(me, name, value)
+            if masks.dtype != torch.bool:
+                checks.within_unit_interval(me, "masks", masks)
+            if labels is not None:
+                checks.multi_hot(me, "labels", labels)
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import distributed
+from protoseg.utils.numeric import no_autocast
 
 __all__ = ["factorize", "from_space", "measure", "to_space"]
 
@@ -39,7 +40,7 @@ def measure(features: Tensor, counted: Tensor, weight: Tensor, mean: Tensor, cov
     weights = (counted.to(mean.dtype) / area).repeat_interleave(area) * pixels.sum(0).isfinite()
     pixels = torch.where(weights > 0, pixels, torch.zeros_like(pixels))
 
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         arrived = distributed.all_sum(weights.sum())
         total = distributed.all_sum(pixels @ weights)
         center = total / torch.where(arrived > 0, arrived, torch.ones_like(arrived))

@@ -254,18 +254,18 @@ class SupportBank(nn.Module):
         me = type(self).__name__
         advice = "construct the module with the sizes, score and background that the checkpoint was made with"
         for name in ("instances", "contexts", "covariance", "layout"):
-            theirs, mine = state_dict.get(prefix + name), getattr(self, name)
-            if theirs is not None and theirs.shape != mine.shape:
+            theirs, ours = state_dict.get(prefix + name), getattr(self, name)
+            if theirs is not None and theirs.shape != ours.shape:
                 raise RuntimeError(
                     f"{me}: the state_dict's {name} is {tuple(theirs.shape)} and this module's is "
-                    f"{tuple(mine.shape)}; {advice}"
+                    f"{tuple(ours.shape)}; {advice}"
                 )
 
-        layout = state_dict.get(prefix + "layout")
-        if layout is not None and not self.layout.is_meta and layout.tolist() != self.layout.tolist():
+        layout, mine = state_dict.get(prefix + "layout"), [self._sizes[0], self._sizes[2]]
+        if layout is not None and layout.tolist() != mine:
             raise RuntimeError(
                 f"{me}: the state_dict is of (classes, background's contexts) {tuple(layout.tolist())} and this module "
-                f"has {tuple(self.layout.tolist())}; {advice}"
+                f"has {tuple(mine)}; {advice}"
             )
 
         weight, step = (state_dict.get(prefix + name, torch.zeros(())) for name in ("weight", "step"))

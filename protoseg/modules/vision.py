@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.utils import checks
-from protoseg.utils.distributed import world_size
-from protoseg.utils.numeric import block_size, full_precision, unit
+from protoseg.modules.base import PrototypeModule
+from protoseg.utils import checks, distributed
+from protoseg.utils.numeric import block_size, full_precision, no_autocast, summing_dtype, unit
 
 __all__ = ["Fit", "VisionPrototypeLearner", "VisionPrototypes"]
 
@@ -50,7 +49,7 @@ class Fit(NamedTuple):
     images: int
 
 
-class VisionPrototypeLearner(nn.Module):
+class VisionPrototypeLearner(PrototypeModule):
     r"""Learns a prototype per class in vision space that says of pictures what the class's text says.
 
     CLIP's texts and pictures lie apart, so that a text prototype :math:`t_c` is a poor center of a class's pictures.
@@ -84,6 +83,8 @@ class VisionPrototypeLearner(nn.Module):
         vision_temperature: :math:`\tau_I` above 0; 0.03 in the paper.
         balance: Rounds of Sinkhorn in :meth:`fit` that give all classes their fair share of :math:`P`: the same for
             each, or with tags what their pictures would give if all tags of a picture shared it evenly. 20 in InMaP.
+        check_values: Whether a call looks for features that are not of unit length and labels other than 0 and 1, which
+            waits for the device. By default on the CPU only; never while compiling. :meth:`fit` always does.
 
     Shape:
         - features: ``[n, D]``, of unit length
@@ -112,28 +113,32 @@ class VisionPrototypeLearner(nn.Module):
         text_temperature: float = 0.01,
         vision_temperature: float = 0.03,
         balance: int = 0,
+        check_values: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(check_values)
         me = type(self).__name__
         checks.shape(me, "text_prototypes", text_prototypes, ("C", "D"))
         checks.floating(me, "text_prototypes", text_prototypes)
         checks.not_empty(me, "text_prototypes", text_prototypes)
-        checks.finite(me, "text_prototypes", text_prototypes)
-        if not bool((text_prototypes != 0).any(-1).all()):
-            raise ValueError(f"{me}: every text prototype needs a direction, and one is 0")
+        if not text_prototypes.is_meta:
+            checks.finite(me, "text_prototypes", text_prototypes)
+            if not bool((text_prototypes != 0).any(-1).all()):
+                raise ValueError(f"{me}: every text prototype needs a direction, and one is 0")
         checks.positive(me, "text_temperature", text_temperature)
         checks.positive(me, "vision_temperature", vision_temperature)
-        if balance < 0:
-            raise ValueError(f"{me}: balance must be at least 0, got {balance}")
-        self.text_temperature, self.vision_temperature, self.balance = text_temperature, vision_temperature, balance
+        checks.between(me, "balance", balance, 0)
+
+        self.text_temperature = text_temperature
+        self.vision_temperature = vision_temperature
+        self.balance = balance
         self.register_buffer("text", unit(full_precision(text_prototypes.detach())).clone())
         self.vision = nn.Parameter(self.text.clone())
         self.last_fit: Fit | None = None
 
     @property
     def prototypes(self) -> Tensor:
-        """The vision prototypes, ``[C, D]``, of unit length."""
-        return unit(self.vision)
+        """The vision prototypes, ``[C, D]``, of unit length, without gradient; the call's loss trains ``vision``."""
+        return unit(self.vision.detach())
 
     @property
     def centered_text(self) -> Tensor:
@@ -143,13 +148,19 @@ class VisionPrototypeLearner(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None) -> VisionPrototypes:
         """Compute the loss of a batch. See the class for shapes and errors."""
         self._check(features, labels)
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.text.dtype)
-            target = self._target(features, labels)
-            logits = features @ self.prototypes.T / self.vision_temperature
-            log_q = logits.log_softmax(-1)
-            count = _summed((target > 0).any(-1).sum()).clamp_min(1)
-            loss = F.kl_div(log_q, target, reduction="none").sum() * world_size() / count
+        self._same_device(self.text.device, features=features, labels=labels)
+        if self._looks_at_values(features):
+            self._check_values(features, labels)
+        with no_autocast(features.device):
+            text, vision = full_precision(self.text), full_precision(self.vision)
+            features = features.to(text.dtype)
+
+            target = self._target(features, text, labels)
+            log_q = (features @ unit(vision).T / self.vision_temperature).log_softmax(-1)
+
+            # Divided by the images of all ranks, so that the mean over the ranks is the loss of the whole batch.
+            count = distributed.all_sum((target > 0).any(-1).sum()).clamp_min(1)
+            loss = F.kl_div(log_q, target, reduction="none").sum() * distributed.world_size() / count
             return VisionPrototypes(loss, target, log_q.exp())
 
     @torch.no_grad()
@@ -174,24 +185,43 @@ class VisionPrototypeLearner(nn.Module):
             ValueError: As of the class, or no image has a tag.
             RuntimeWarning: As a warning: the tolerance was not reached.
         """
-        self._check(features, labels)
-        with torch.autocast(features.device.type, enabled=False):
-            target = self.text.new_empty(len(features), len(self.text))
+        self._agree_on_errors(features, labels)
+        with no_autocast(features.device):
+            text = full_precision(self.text)
+            target = text.new_empty(len(features), len(text))
             for some in _slices(features, target.device):
                 tags = None if labels is None else labels[some].to(target.device)
-                target[some] = self._target(features[some].to(target.device), tags)
+                target[some] = self._target(features[some].to(target.device), text, tags)
             if self.balance:
                 _sinkhorn(target, labels, self.balance)
-            images = int(_summed((target > 0).any(-1).sum()))
+            images = int(distributed.all_sum((target > 0).any(-1).sum()))
             if images == 0:
                 raise ValueError(f"{type(self).__name__}: no image has a tag; without labels all images count")
-            objective = _Objective(self, features, target, images)
-            start = objective(self.text.clone())[0]
-            iterations = _minimize(self.vision, objective, tolerance, max_iterations)
-            self.vision.copy_(unit(self.vision))
-            end = objective(self.vision)[0]
+
+            # On the sphere from the start: the slope of a long vector is too small for the tolerance.
+            objective = _Objective(self.vision_temperature, features, target, images)
+            start = objective(text.clone())[0]
+            vision = nn.Parameter(unit(full_precision(self.vision.detach())).clone())
+            iterations = _minimize(vision, objective, tolerance, max_iterations)
+            found = unit(vision.detach())
+            end = objective(found)[0]
+            self.vision.copy_(found)
         self.last_fit = Fit(start, end, iterations, objective.calls, images)
         return self
+
+    def _agree_on_errors(self, features: Tensor, labels: Tensor | None) -> None:
+        """Raise on every rank where one of them was given something wrong; the others would wait for it for ever."""
+        mine: Exception | None = None
+        try:
+            self._check(features, labels)
+            self._check_values(features, labels)
+        except (TypeError, ValueError) as error:
+            mine = error
+        wrong = distributed.all_sum(torch.tensor(float(mine is not None), device=self.text.device))
+        if mine is not None:
+            raise mine
+        if wrong > 0:
+            raise ValueError(f"{type(self).__name__}: another process of the group was given wrong features or labels")
 
     def extra_repr(self) -> str:
         """Sizes and temperatures, as in the constructor."""
@@ -201,11 +231,11 @@ class VisionPrototypeLearner(nn.Module):
             f"vision_temperature={self.vision_temperature}, balance={self.balance}"
         )
 
-    def _target(self, features: Tensor, labels: Tensor | None) -> Tensor:
-        logits = (features.to(self.text.dtype) @ self.text.T / self.text_temperature).detach()
+    def _target(self, features: Tensor, text: Tensor, labels: Tensor | None) -> Tensor:
+        logits = (features.to(text.dtype) @ text.T / self.text_temperature).detach()
         if labels is None:
             return logits.softmax(-1)
-        absent = labels == 0
+        absent = ~(labels > 0)
         # Of an image without tags the softmax is 0 / 0.
         return logits.masked_fill(absent, -torch.inf).softmax(-1).masked_fill(absent, 0.0)
 
@@ -214,9 +244,13 @@ class VisionPrototypeLearner(nn.Module):
         classes, dim = self.text.shape
         checks.shape(me, "features", features, ("n", dim), "take embeddings of the network that the texts are from")
         checks.floating(me, "features", features)
-        checks.not_empty(me, "features", features)
+        if distributed.world_size() == 1:  # else another rank may have pictures
+            checks.not_empty(me, "features", features)
         if labels is not None:
             checks.shape(me, "labels", labels, (len(features), classes), "one row per picture, one column per class")
+
+    def _check_values(self, features: Tensor, labels: Tensor | None) -> None:
+        me = type(self).__name__
         for some in _slices(features, features.device):
             if labels is not None:
                 checks.multi_hot(me, "labels", labels[some])
@@ -231,11 +265,14 @@ class VisionPrototypeLearner(nn.Module):
 class _Objective:
     """Mean KL of all images and its gradient, chunk by chunk, over all processes."""
 
-    def __init__(self, learner: VisionPrototypeLearner, features: Tensor, target: Tensor, images: int) -> None:
-        self.learner, self.features, self.target, self.images = learner, features, target, images
+    def __init__(self, temperature: float, features: Tensor, target: Tensor, images: int) -> None:
+        self.temperature = temperature
+        self.features = features
+        self.target = target
+        self.images = images
+        self.sums = summing_dtype(target.device)
         self.entropy = sum(
-            float(torch.special.entr(target[some]).sum(dtype=torch.float64))
-            for some in _slices(features, target.device)
+            float(torch.special.entr(target[some]).sum(dtype=self.sums)) for some in _slices(features, target.device)
         )
         self.calls = 0
 
@@ -243,19 +280,19 @@ class _Objective:
     def __call__(self, vision: Tensor) -> tuple[float, Tensor]:
         """Return the mean KL of ``vision`` scaled to unit length, and its gradient by ``vision``."""
         self.calls += 1
-        prototypes, temperature = unit(vision), self.learner.vision_temperature
-        total = torch.zeros(prototypes.numel() + 1, dtype=torch.float64, device=vision.device)
+        prototypes, temperature = unit(vision), self.temperature
+        total = torch.zeros(prototypes.numel() + 1, dtype=self.sums, device=vision.device)
         slope = total[1:].view_as(prototypes)
         total[0] -= self.entropy
         scaled = prototypes.T / temperature
         for some in _slices(self.features, vision.device):
             part, target = self.features[some].to(prototypes), self.target[some]
             log_q = (part @ scaled).log_softmax(-1)
-            total[0] -= (target * log_q).sum(dtype=torch.float64)
+            total[0] -= (target * log_q).sum(dtype=self.sums)
             # Images without tags pull at nothing.
             off = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
             slope += off.T @ part
-        total = _summed(total)
+        total = distributed.all_sum(total)
         gradient = total[1:].view_as(prototypes).to(prototypes.dtype) / (temperature * self.images)
         # Back through the scaling to unit length.
         gradient = gradient - (gradient * prototypes).sum(-1, keepdim=True) * prototypes
@@ -285,23 +322,17 @@ def _minimize(vision: nn.Parameter, objective: _Objective, tolerance: float, mos
     return iterations
 
 
-def _summed(value: Tensor) -> Tensor:
-    """Sum over all processes."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value
-
-
 def _sinkhorn(target: Tensor, labels: Tensor | None, rounds: int) -> None:
     """Scale columns to the classes' fair shares and rows to 1, in turn and in place."""
     parts = list(_slices(target, target.device))
-    wanted = torch.zeros(target.shape[1], dtype=torch.float64, device=target.device)
+    sums = summing_dtype(target.device)
+    wanted = torch.zeros(target.shape[1], dtype=sums, device=target.device)
     for some in parts:
         fair = torch.ones_like(target[some]) if labels is None else labels[some].to(target)
-        wanted += (fair / fair.sum(-1, keepdim=True).clamp_min(1)).sum(0, dtype=torch.float64)
-    wanted = _summed(wanted)
+        wanted += (fair / fair.sum(-1, keepdim=True).clamp_min(1)).sum(0, dtype=sums)
+    wanted = distributed.all_sum(wanted)
     for _ in range(rounds):
-        column = _summed(sum((target[some].sum(0, dtype=torch.float64) for some in parts), torch.zeros_like(wanted)))
+        column = distributed.all_sum(sum((target[some].sum(0, dtype=sums) for some in parts), torch.zeros_like(wanted)))
         scale = (wanted / column.clamp_min(1e-30)).to(target.dtype)
         for some in parts:
             part = target[some].mul_(scale)

@@ -64,6 +64,18 @@ def finite(where: str, name: str, value: Tensor) -> None:
         )
 
 
+def within_unit_interval(where: str, name: str, value: Tensor, slack: float = 1e-3) -> None:
+    """Raise ``ValueError`` unless all of ``value`` lies in 0..1, up to rounding (one synchronization)."""
+    if value.numel() == 0:
+        return
+    low, high = float(value.detach().min()), float(value.detach().max())
+    if not (low >= -slack and high <= 1 + slack):
+        raise ValueError(
+            f"{where}: {name} must lie between 0 and 1 without NaN, got values from {low:g} to {high:g}; "
+            "normalize maps, and take the sigmoid of logits, first"
+        )
+
+
 def multi_hot(where: str, name: str, value: Tensor) -> None:
     """Raise ``ValueError`` unless ``value`` holds nothing but 0 and 1 (one synchronization with the device)."""
     if not bool(((value == 0) | (value == 1)).all()):

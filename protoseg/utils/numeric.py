@@ -17,6 +17,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """The precision for long sums: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def full_precision(value: Tensor) -> Tensor:
     """Return ``value`` in float32, or unchanged where it already is float32 or float64."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
@@ -41,7 +46,7 @@ def masked_mean(points: Tensor, valid: Tensor) -> Tensor:
     Returns:
         ``[..., D]``; 0 where nothing is valid.
     """
-    with torch.autocast(points.device.type, enabled=False):
+    with no_autocast(points.device):
         points = full_precision(points)
         weights = valid.to(points.dtype)
         return (weights.unsqueeze(-2) @ points).squeeze(-2) / weights.sum(-1, keepdim=True).clamp_min(1.0)

@@ -21,7 +21,7 @@ from protoseg.models.pgseg.text import TextTokens, TextTransformer, WordBag
 from protoseg.models.pgseg.zeroshot import ZeroShot, segment
 from protoseg.modules.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils.distributed import all_gather, gather_with_gradient, world_size
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 __all__ = ["PRESETS", "PGSeg", "PGSegConfig", "PGSegOutput", "image_text_contrast"]
 
@@ -255,7 +255,7 @@ def image_text_contrast(images: Tensor, texts: Tensor, scale: float | Tensor, sa
         >>> image_text_contrast(images, texts, 10.0) < image_text_contrast(images, texts.flip(0), 10.0)
         tensor(True)
     """
-    with torch.autocast(images.device.type, enabled=False):
+    with no_autocast(images.device):
         images, texts = unit(full_precision(images)), unit(full_precision(texts))
         all_images, all_texts = gather_with_gradient(images), gather_with_gradient(texts)
         if same is None:
