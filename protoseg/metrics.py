@@ -135,7 +135,7 @@ class ConfusionMatrix:
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = _class_count("ConfusionMatrix", num_classes)
-        self.matrix = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+        self.matrix = _zeros(num_classes + 1, num_classes + 1)
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count a picture, or a batch of pictures of one size.
@@ -226,13 +226,13 @@ class ThresholdSweep:
             raise ValueError(f"ThresholdSweep: bins must be an integer of at least 1, got {bins!r}")
         self.num_classes = _class_count("ThresholdSweep", num_classes)
         self.bins = bins
-        self.thresholds = (torch.arange(bins + 1, dtype=torch.float64) / bins).float()
-        self.score_histogram = torch.zeros(bins + 1, dtype=torch.int64)
+        self.thresholds = _levels(bins)
+        self.score_histogram = _zeros(bins + 1)
         # Pixels by truth, and by (last threshold that the score reaches, truth, best present class). What is
         # in no foreground column at a threshold is background, so pictures without a class need no entry in
         # the second.
-        self._truth = torch.zeros(num_classes + 1, dtype=torch.int64)
-        self._reached = torch.zeros(bins + 1, num_classes + 1, num_classes, dtype=torch.int64)
+        self._truth = _zeros(num_classes + 1)
+        self._reached = _zeros(bins + 1, num_classes + 1, num_classes)
 
     @torch.no_grad()
     def update(self, maps: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
@@ -345,9 +345,9 @@ class RegionContrast:
         checks.positive("RegionContrast", "num_classes", num_classes)
         self.num_classes = num_classes
         self.bins = bins
-        self.thresholds = (torch.arange(bins + 1, dtype=torch.float64) / bins).float()
-        self._pictures = torch.zeros((), dtype=torch.int64)
-        self._shares = torch.zeros(bins + 1, dtype=torch.float64)
+        self.thresholds = _levels(bins)
+        self._pictures = _zeros()
+        self._shares = _zeros(bins + 1, dtype=torch.float64)
 
     @property
     def pictures(self) -> int:
@@ -471,6 +471,18 @@ def prototype_diagnostics(prototypes: Tensor, assignment: Tensor | None = None) 
     effective = torch.special.entr(usage).sum(-1).exp()
     dead = torch.where(effective.isnan(), effective, (usage * count < 0.01).float().mean(-1))
     return PrototypeDiagnostics(cosine, effective, dead)
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Counts, on the CPU, that may be added to in inference mode and outside."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+def _levels(bins: int) -> Tensor:
+    """Thresholds from 0 to 1, rounded once."""
+    with torch.inference_mode(False):
+        return (torch.arange(bins + 1, dtype=torch.float64, device="cpu") / bins).float()
 
 
 def _iou(matrix: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -301,3 +302,46 @@ def test_histograms_are_checked() -> None:
         otsu_threshold(torch.tensor([3.0]))
     with pytest.raises(ValueError, match=r"two or more counts of at least 0, got \[3.0, -1.0\]"):
         quantile_threshold(torch.tensor([3.0, -1.0]), 0.5)
+
+
+def test_multi_scale_refuses_what_is_no_map() -> None:
+    """Mirrored logits would be other classes, and a plain tensor would be taken for a sequence of pictures."""
+    images = torch.rand(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"must return maps of shape \(2, \?, h, w\), got \(2, 3\); leave logits"):
+        multi_scale(lambda x: (x, x.mean((-2, -1))), images)
+    with pytest.raises(TypeError, match=r"a sequence of maps, got one tensor \(2, 3, 16, 16\); put it in a"):
+        multi_scale(lambda x: x, images)  # type: ignore[arg-type, return-value]
+
+
+def test_each_class_may_have_a_threshold_of_its_own() -> None:
+    cam = torch.rand(5, 3, 6, 7)
+    labels = (torch.rand(5, 3) < 0.7).long()
+    thresholds = torch.tensor([0.2, 0.5, 0.8])
+    out = to_mask(cam, labels, thresholds)
+    for b, y, x in itertools.product(range(5), range(6), range(7)):
+        above = {c + 1: float(cam[b, c, y, x] - thresholds[c]) for c in range(3) if labels[b, c]}
+        best = max(above, key=lambda c: above[c], default=0)
+        assert int(out[b, y, x]) == (best if best and above[best] >= 0 else 0)
+    assert torch.equal(to_mask(cam, labels, torch.full((3,), 0.5)), to_mask(cam, labels, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("cam", "labels", "threshold", "message"),
+    [
+        (torch.rand(3, 2, 2), torch.tensor([2, 0, 1]), 0.5, "labels must hold only 0 and 1"),
+        (torch.full((3, 2, 2), torch.nan), torch.ones(3), 0.5, "cam must lie between 0 and 1 without NaN"),
+        (3 * torch.ones(3, 2, 2), torch.ones(3), 0.5, "cam must lie between 0 and 1 .* normalize maps"),
+        (torch.rand(3, 2, 2), torch.ones(3), torch.rand(2), r"threshold must have shape \(3\), got \(2,\)"),
+        (torch.rand(3, 2, 2), torch.ones(3), torch.tensor([0.1, 1.5, 0]), "threshold must lie between 0 and 1"),
+    ],
+)
+def test_to_mask_refuses_indices_raw_scores_and_nan(cam: Any, labels: Any, threshold: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"to_mask: {message}"):
+        to_mask(cam, labels, threshold)
+    if not torch.isfinite(cam).all():  # what is absent is not looked at
+        assert not to_mask(cam, torch.zeros(3), threshold).any()
+
+
+def test_background_needs_a_class_axis() -> None:
+    with pytest.raises(ValueError, match=r"with_background: cam must have shape \(\.\.\., C, H, W\), got \(4, 5\)"):
+        with_background(torch.rand(4, 5))

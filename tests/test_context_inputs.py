@@ -220,3 +220,82 @@ class TestErrors:
         del state["memory.pointer"]
         with pytest.raises(RuntimeError, match=r"Missing key.*pointer"):
             make().load_state_dict(state)
+
+    def test_state_of_another_layout_that_has_the_same_sizes(self) -> None:
+        theirs = ContextPrototypeBank(C, D, capacity=4, num_contexts=4, background_contexts=4)
+        mine = ContextPrototypeBank(C + 1, D, capacity=4, num_contexts=4, background="image")
+        assert theirs.memory.instances.shape == mine.memory.instances.shape
+        with pytest.raises(RuntimeError, match=r"is of \(classes, background's contexts\) \(2, 4\) .* has \(3, 0\)"):
+            mine.load_state_dict(theirs.state_dict())
+
+    @pytest.mark.parametrize("name", ["num_classes", "dim", "num_contexts", "background_contexts", "capacity", "score"])
+    def test_what_the_memory_is_made_for_cannot_be_changed(self, name: str) -> None:
+        with pytest.raises(AttributeError, match=name):
+            setattr(make(), name, 5)
+
+    def test_height_and_width_exchanged(self) -> None:
+        features, cam, labels = torch.rand(2, D, 8, 16), torch.rand(2, C, 16, 8), torch.ones(2, C)
+        with pytest.raises(ValueError, match=r"cam and features must show the same picture, got maps of \(16, 8\) and"):
+            make(torch.float32)(features, cam, labels)
+        make(torch.float32)(features, torch.rand(2, C, 33, 65), labels)  # rounding is not
+        make(torch.float32)(features, torch.rand(2, C, 3, 7), labels)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_labels_that_are_not_above_zero_are_absent_where_values_are_not_looked_at(value: float) -> None:
+    features, cam, _ = batch(0)
+    odd = torch.tensor([[1.0, value], [value, 1.0]])
+    got = make(check_values=False)(features, cam, odd)
+    assert_same_output(got, make()(features, cam, (odd > 0).long()))
+
+
+def test_an_empty_bank_in_eval_is_told_once() -> None:
+    bank = make().eval()
+    with pytest.warns(UserWarning, match=r"the bank is empty, .* train it, fill\(\) it, or load a state_dict"):
+        bank(*batch(0))
+    bank(*batch(1))
+
+
+class TestPadding:
+    """``valid`` says where a picture is: padding gives no instance, no statistics and no loss."""
+
+    def padded(self, step: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        features, _, labels = batch(step)
+        cam = torch.rand(2, C, 4, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64) - 0.2
+        wide, scores = torch.zeros(2, D, 4, 9).double(), torch.zeros(2, C, 4, 9).double()
+        wide[..., :5], scores[..., :5] = features, cam
+        wide[..., 5:], scores[..., 5:] = 7.0, 9.0  # whatever the network makes of padding
+        valid = torch.zeros(2, 4, 9, dtype=torch.bool)
+        valid[..., :5] = True
+        return (features, cam, labels), (wide, scores, labels, valid)
+
+    @pytest.mark.parametrize("score", ["diagonal", "whitened", "cosine"])
+    def test_it_is_as_if_the_padding_were_not_there(self, score: str) -> None:
+        plain, padded = make(score=score), make(score=score)
+        for step in range(5):
+            without, with_padding = self.padded(step)
+            want, got = plain(*without), padded(*with_padding)
+            assert_same(got.loss, want.loss, 1e-10)
+            assert_same(got.pacam[..., :5], want.pacam, 1e-10)
+            assert not got.pacam[:, 1:, :, 5:].any()
+        assert_same(dict(padded.state_dict()), dict(plain.state_dict()), 1e-10)
+
+    def test_a_mask_of_another_size_counts_where_all_of_a_place_is_picture(self) -> None:
+        _, (features, cam, labels, valid) = self.padded(0)
+        large = valid.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        assert_same_output(make()(features, cam, labels, large), make()(features, cam, labels, valid))
+
+    def test_errors(self) -> None:
+        _, (features, cam, labels, valid) = self.padded(0)
+        with pytest.raises(TypeError, match=r"valid must be bool, got torch.float32; call valid.bool\(\)"):
+            make()(features, cam, labels, valid.float())
+        with pytest.raises(ValueError, match=r"valid must have shape \(2, H, W\), got \(4, 9\); True where"):
+            make()(features, cam, labels, valid[0])
+
+
+def test_a_second_view_need_not_be_stored() -> None:
+    bank = make(steps=3)
+    before = copy.deepcopy(bank.state_dict())
+    out = bank(*batch(5), store=False)
+    assert_same(dict(bank.state_dict()), dict(before))
+    assert_same_output(bank(*batch(5)), out)

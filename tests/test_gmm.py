@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from protoseg import GMMPrototypeRegularizer
 from protoseg.functional import em, match, symmetric_contrast
 from protoseg.modules import GroupPrototypes, PublishedPrototypeRegularizer
+from protoseg.modules.gmm import PATIENCE
 
 D, K, L, B = 6, 4, 11, 3
 
@@ -331,6 +332,16 @@ def test_two_processes_equal_one(two_processes: Any) -> None:
         mean = (first["loss"][step] + second["loss"][step]) / 2
         torch.testing.assert_close(mean, alone["loss"][step], rtol=0, atol=1e-5)
         torch.testing.assert_close(first["gradients"][step], alone["gradients"][step], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_trains_nothing_for_long_is_told() -> None:
+    module = make(reject_threshold=1.0)
+    tokens, groups = batch()
+    for _ in range(PATIENCE - 1):
+        module(tokens, groups)
+    with pytest.warns(UserWarning, match=r"no pair was accepted in 100 passes.* lower reject_threshold=1\.0"):
+        module(tokens, groups)
+    module(tokens, groups)  # and only once
 
 
 def test_bad_input() -> None:

@@ -169,3 +169,32 @@ def test_two_processes_are_one(two_processes: Any) -> None:
     (slope,) = torch.autograd.grad(out.loss, prototypes)
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, out.loss.detach())
     torch.testing.assert_close((first["slope"] + second["slope"]) / 2, slope)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("masks", lambda x: 5 * x - 2, ValueError, "masks must lie between 0 and 1 .* take the sigmoid of logits"),
+        ("masks", lambda x: x * math.nan, ValueError, "masks must lie between 0 and 1 without NaN"),
+        ("features", lambda x: x * math.nan, ValueError, "features must be finite"),
+        ("prototypes", lambda x: x.long(), TypeError, "prototypes must be floating point"),
+        ("prototypes", lambda x: x * math.inf, ValueError, "prototypes must be finite"),
+    ],
+)
+def test_what_made_regions_drop_out_is_an_error(name: str, change: Any, error: Any, message: str) -> None:
+    given = dict(zip(("features", "masks", "prototypes", "labels", "background"), made(), strict=True))
+    given[name] = change(given[name])
+    with pytest.raises(error, match=f"RegionalSemanticContrast: {message}"):
+        RegionalSemanticContrast()(**given)
+
+
+def test_masks_of_half_precision_have_finite_gradients() -> None:
+    features, masks, prototypes, labels, background = made()
+    masks = masks.float()
+    masks[0, 0] = 0
+    half = masks.half().requires_grad_()
+    out = RegionalSemanticContrast()(features.float(), half, prototypes.float(), labels, background.float())
+    out.loss.backward()
+    assert half.grad is not None
+    assert half.grad.isfinite().all()
+    assert half.grad.any()

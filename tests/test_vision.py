@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.functional import normalize
 
 from protoseg import VisionPrototypeLearner
 from protoseg.modules import vision
+from protoseg.utils.numeric import summing_dtype
 
 N, C, D = 23, 4, 6
 TEMPERATURES = {"text_temperature": 0.2, "vision_temperature": 0.5}
@@ -252,3 +254,77 @@ def test_two_processes_are_one(two_processes: Any) -> None:
     torch.testing.assert_close(
         first["fitted"], learner(text, balance=3).fit(features, labels).prototypes.detach(), rtol=0, atol=1e-5
     )
+
+
+def test_prototypes_carry_no_graph() -> None:
+    text, features, labels = made()
+    found = learner(text)
+    found.prototypes.numpy()
+    assert not copy.deepcopy(found).prototypes.requires_grad
+    found(features, labels).loss.backward()  # the loss trains the parameter all the same
+    assert found.vision.grad is not None
+
+
+@pytest.mark.parametrize("length", [1e-4, 1e5])
+def test_the_length_of_texts_and_of_what_was_trained_before_does_not_matter(length: float) -> None:
+    text, features, labels = made()
+    want = learner(text).fit(features, labels).prototypes
+    torch.testing.assert_close(learner(length * text).fit(features, labels).prototypes, want, rtol=0, atol=1e-5)
+    longer = learner(text)
+    with torch.no_grad():
+        longer.vision.mul_(length)
+    torch.testing.assert_close(longer.fit(features, labels).prototypes, want, rtol=0, atol=1e-5)
+    assert longer.last_fit is not None
+    assert longer.last_fit.iterations > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_learner_of_half_precision_fits_and_computes(dtype: torch.dtype) -> None:
+    text, features, labels = (each.float() for each in made())
+    half = learner(text).to(dtype)
+    assert half(features, labels).loss.isfinite()
+    want = learner(half.text.float()).fit(features, labels).prototypes
+    found = half.fit(features, labels)
+    assert found.vision.dtype == dtype
+    torch.testing.assert_close(found.prototypes.float(), want, rtol=0, atol=0.02)
+
+
+def test_long_sums_need_no_float64_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert summing_dtype(torch.device("mps")) == torch.float32
+    assert summing_dtype(torch.device("cuda")) == torch.float64
+    text, features, labels = (each.float() for each in made())
+    want = learner(text, balance=2).fit(features, labels).last_fit
+    monkeypatch.setattr("protoseg.modules.vision.summing_dtype", lambda device: torch.float32)
+    got = learner(text, balance=2).fit(features, labels).last_fit
+    assert want is not None
+    assert got is not None
+    assert got.end == pytest.approx(want.end, abs=1e-5)
+
+
+def without_pictures(rank: int) -> Any:
+    text, features, labels = made()
+    some = slice(0, N) if rank == 0 else slice(0, 0)
+    return learner(text, balance=2).fit(features[some], labels[some]).prototypes
+
+
+def test_a_rank_without_pictures(two_processes: Any) -> None:
+    first, second = two_processes(without_pictures)
+    text, features, labels = made()
+    assert torch.equal(first, second)
+    want = learner(text, balance=2).fit(features, labels).prototypes
+    torch.testing.assert_close(first, want, rtol=0, atol=1e-5)
+
+
+def wrong_on_one(rank: int) -> str:
+    text, features, labels = made()
+    try:
+        learner(text).fit(features * (2 if rank else 1), labels)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_wrong_on_one_rank_stops_all(two_processes: Any) -> None:
+    first, second = two_processes(wrong_on_one)
+    assert "another process of the group was given wrong features" in first
+    assert "features must be of unit length" in second

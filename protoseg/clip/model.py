@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from protoseg.clip.towers import Grid, tower_of
 from protoseg.utils import checks
 from protoseg.utils.extras import require
-from protoseg.utils.numeric import unit
+from protoseg.utils.numeric import no_autocast, unit
 
 __all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "Pooling"]
 
@@ -173,7 +173,10 @@ class FrozenCLIP(nn.Module):
                 "pixels; enlarge it by short_side"
             )
         pixels = F.interpolate(image[None].to(weight.device).float(), sides, mode="bicubic", antialias=True) / 255
-        mean, std = (torch.tensor(each, device=weight.device)[:, None, None] for each in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(each, dtype=torch.float32, device=weight.device)[:, None, None]
+            for each in (self.mean, self.std)
+        )
         return ((pixels.clamp(0, 1) - mean) / std).to(weight.dtype)
 
     @torch.no_grad()
@@ -291,24 +294,27 @@ class FrozenCLIP(nn.Module):
             checks.shape(me, "labels", labels, present.shape, "one row per picture")
             checks.multi_hot(me, "labels", labels)
             present = (labels != 0).to(images.device)
-        with torch.enable_grad(), tower.watch(leaf=True) as watched:
-            _, whole = self._embed(images.detach(), grid, pooling)
-            logits = whole @ unit(every.to(whole)).T / self.temperature
+        # Copies, as the graph may not hold what was made in inference mode.
+        with torch.inference_mode(False), torch.enable_grad(), tower.watch(leaf=True) as watched:
+            _, whole = self._embed(images.detach().clone(), grid, pooling)
+            logits = whole @ unit(every.clone().to(whole)).T / self.temperature
         leaf = watched.leaf
         assert leaf is not None
         found = tower.spatial(leaf.detach().float(), grid)
-        maps = torch.zeros(*present.shape, *grid, device=images.device)
-        rows = torch.arange(len(images), device=images.device)
+        maps = torch.zeros(*present.shape, *grid, dtype=torch.float32, device=images.device)
+        with torch.inference_mode(False):
+            rows = torch.arange(len(images), device=images.device)
         most = max(present.sum(1).tolist(), default=0)
         order = present.byte().argsort(dim=1, descending=True, stable=True)
         for place, classes in enumerate(order.T[:most]):
-            with torch.enable_grad():
-                odds = logits[rows, classes]
+            with torch.inference_mode(False), torch.enable_grad():
+                odds = logits[rows, classes.clone()]
                 if len(every) > 1:
-                    odds = odds - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1)
+                    odds = odds - logits.scatter(1, classes[:, None].clone(), -torch.inf).logsumexp(1)
                 (slope,) = torch.autograd.grad(odds.sum(), leaf, retain_graph=place + 1 < most)
-            weights = tower.spatial(slope.float(), grid).mean((-2, -1))
-            maps[rows, classes] = torch.einsum("bdhw,bd->bhw", found, weights).relu()
+            with no_autocast(images.device):
+                weights = tower.spatial(slope.float(), grid).mean((-2, -1))
+                maps[rows, classes] = torch.einsum("bdhw,bd->bhw", found, weights).relu()
         return maps.masked_fill_(~present[:, :, None, None], 0)
 
     def _embed(self, images: Tensor, grid: Grid, pooling: Pooling) -> tuple[Tensor, Tensor]:
@@ -332,7 +338,9 @@ class FrozenCLIP(nn.Module):
         device = self._weight.device
         for first in range(0, len(new), 256):
             part = new[first : first + 256]
-            found = unit(self.model.encode_text(self.tokenizer(part).to(device)).float())
+            with torch.device("cpu"):
+                tokens = self.tokenizer(part)
+            found = unit(self.model.encode_text(tokens.to(device)).float())
             self._texts.update(zip(part, found, strict=True))
 
     def _check(self, me: str, images: Tensor, pooling: str) -> Grid:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from protoseg.utils import checks
-from protoseg.utils.numeric import full_precision, unit
+from protoseg.utils.numeric import full_precision, no_autocast, unit
 
 __all__ = ["attention_affinity", "feature_attention", "refine_by_affinity"]
 
@@ -41,7 +41,8 @@ def attention_affinity(attention: Tensor, rounds: int = 3, power: int = 2) -> Te
         matrix = matrix / matrix.sum(1, keepdim=True).clamp_min(1e-30)
         matrix = matrix / matrix.sum(2, keepdim=True).clamp_min(1e-30)
     matrix = (matrix + matrix.transpose(1, 2)) / 2
-    result: Tensor = torch.linalg.matrix_power(matrix, power)
+    with no_autocast(attention.device):
+        result: Tensor = torch.linalg.matrix_power(matrix, power)
     return result
 
 
@@ -74,7 +75,8 @@ def refine_by_affinity(maps: Tensor, affinity: Tensor, box_threshold: float = 0.
     checks.shape("refine_by_affinity", "affinity", affinity, (batch, pixels, pixels), "one row per pixel of the maps")
     checks.unit_interval("refine_by_affinity", "box_threshold", box_threshold)
     kept = full_precision(maps) * _boxes(maps, box_threshold)
-    return (affinity.to(kept) @ kept.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape)
+    with no_autocast(maps.device):
+        return (affinity.to(kept) @ kept.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape)
 
 
 def _boxes(maps: Tensor, threshold: float) -> Tensor:
@@ -113,4 +115,5 @@ def feature_attention(features: Tensor, temperature: float = 0.1) -> Tensor:
     checks.shape("feature_attention", "features", features, ("B", "E", "h", "w"))
     checks.positive("feature_attention", "temperature", temperature)
     places = unit(full_precision(features).flatten(2).transpose(1, 2))
-    return (places @ places.transpose(1, 2) / temperature).softmax(-1)
+    with no_autocast(features.device):
+        return (places @ places.transpose(1, 2) / temperature).softmax(-1)

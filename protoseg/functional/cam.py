@@ -86,6 +86,8 @@ def with_background(cam: Tensor, power: float = 1.0) -> Tensor:
         [0.30000001192092896, 0.20000000298023224, 0.699999988079071]
     """
     checks.positive("with_background", "power", power)
+    if cam.dim() < 3:
+        raise ValueError(f"with_background: cam must have shape (..., C, H, W), got {tuple(cam.shape)}")
     background = 1 - cam.amax(-3, keepdim=True)
     return torch.cat([background if power == 1 else background**power, cam], -3)
 
@@ -113,7 +115,8 @@ def multi_scale(
         The model's maps, averaged.
 
     Raises:
-        ValueError: Wrong rank, no scale, or one that is not above 0.
+        ValueError: Wrong rank, no scale, or one that is not above 0; or the model returns what is no map.
+        TypeError: The model returns one tensor instead of a sequence of maps.
 
     Example:
         >>> (mean,) = multi_scale(lambda x: (x.mean(1, keepdim=True),), torch.ones(1, 3, 16, 16), scales=(1, 2))
@@ -130,8 +133,9 @@ def multi_scale(
         if size != list(images.shape[-2:]):
             scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         for mirrored in (False, True) if flip else (False,):
-            maps = model(scaled.flip(-1) if mirrored else scaled)
-            maps = [each.flip(-1) if mirrored else each for each in maps]
+            maps = _several_maps(model(scaled.flip(-1) if mirrored else scaled), len(images))
+            if mirrored:
+                maps = [each.flip(-1) for each in maps]
             if not total:
                 total = [torch.zeros_like(each) for each in maps]
             for mean, each in zip(total, maps, strict=True):
@@ -140,7 +144,7 @@ def multi_scale(
     return tuple(mean / runs for mean in total)
 
 
-def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
+def to_mask(cam: Tensor, labels: Tensor, threshold: float | Tensor) -> Tensor:
     """Turn normalized maps into class indices.
 
     A pixel takes its best class among those present when that class's score is at least the threshold, else
@@ -149,28 +153,42 @@ def to_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
     Args:
         cam: ``[..., C, H, W]`` in ``[0, 1]``, foreground only.
         labels: ``[..., C]`` multi-hot.
-        threshold: In ``[0, 1]``.
+        threshold: In ``[0, 1]``; or ``[C]``, one for each class, where the best class is the one that exceeds its own
+            by most.
 
     Returns:
         ``[..., H, W]`` int64, 0 = background, 1..C = classes.
 
     Raises:
-        ValueError: Shapes that do not belong together, or a threshold outside ``[0, 1]``.
+        ValueError: Shapes that do not belong together, a threshold outside ``[0, 1]``, labels that are no multi-hot
+            rows (class indices are not), or maps of the present classes outside ``[0, 1]`` or with NaN.
 
     Example:
         >>> to_mask(torch.tensor([[[0.9, 0.1]], [[1.0, 1.0]]]), torch.tensor([1, 0]), 0.5).tolist()
         [[1, 0]]
     """
-    checks.unit_interval("to_mask", "threshold", threshold)
+    if not isinstance(threshold, Tensor):
+        checks.unit_interval("to_mask", "threshold", threshold)
     if cam.shape[:-2] != labels.shape:
         raise ValueError(
             f"to_mask: cam [..., C, H, W] and labels [..., C] must agree, got {tuple(cam.shape)} and "
             f"{tuple(labels.shape)}; leave the background channel out"
         )
+    checks.multi_hot("to_mask", "labels", labels)
     # In float32, as the sweep compares, whatever the type of the maps.
-    scores = cam.float().clamp_min(0).masked_fill(~labels.bool()[..., None, None], -1.0)
-    best, index = scores.max(-3)
-    return torch.where(best >= threshold, index + 1, 0)
+    present = labels.bool()[..., None, None]
+    scores = torch.where(present, cam.float(), torch.zeros((), device=cam.device))
+    checks.within_unit_interval("to_mask", "cam", scores)
+    scores = scores.clamp_min(0).masked_fill(~present, -1.0)
+    if not isinstance(threshold, Tensor):
+        best, index = scores.max(-3)
+        return torch.where(best >= threshold, index + 1, 0)
+
+    checks.shape("to_mask", "threshold", threshold, (cam.shape[-3],), "one threshold for each class")
+    checks.within_unit_interval("to_mask", "threshold", threshold, slack=0.0)
+    above = (scores - threshold.to(scores)[:, None, None]).masked_fill(~present, -torch.inf)
+    best, index = above.max(-3)
+    return torch.where(best >= 0, index + 1, 0)
 
 
 def otsu_threshold(histogram: Tensor) -> float:
@@ -193,7 +211,7 @@ def otsu_threshold(histogram: Tensor) -> float:
     if counts.sum() == 0:
         return 0.5
     bins = len(counts) - 1
-    levels = torch.arange(bins + 1, dtype=torch.float64)
+    levels = torch.arange(bins + 1, dtype=torch.float64, device=counts.device)
     below, above = counts.cumsum(0)[:-1], counts.sum() - counts.cumsum(0)[:-1]
     low = (counts * levels).cumsum(0)[:-1]
     high = (counts * levels).sum() - low
@@ -226,6 +244,22 @@ def quantile_threshold(histogram: Tensor, foreground: float) -> float:
         raise ValueError("quantile_threshold: histogram must hold at least one pixel, got an empty one")
     share = counts.flip(0).cumsum(0).flip(0) / counts.sum()
     return int((share - foreground).abs().argmin()) / (len(counts) - 1)
+
+
+def _several_maps(found: Sequence[Tensor] | Tensor, images: int) -> list[Tensor]:
+    """What a model returned to :func:`multi_scale`, if it is that: mirroring anything else would mix its entries."""
+    if isinstance(found, Tensor):
+        raise TypeError(
+            f"multi_scale: the model must return a sequence of maps, got one tensor {tuple(found.shape)}; put it in a "
+            "tuple"
+        )
+    for each in found:
+        if not isinstance(each, Tensor) or each.dim() != 4 or len(each) != images:
+            got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(
+                f"multi_scale: the model must return maps of shape ({images}, ?, h, w), got {got}; leave logits out"
+            )
+    return list(found)
 
 
 def _histogram(where: str, histogram: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from protoseg.models.backbones import Backbone, BankFeatures
 from protoseg.utils import checks
+from protoseg.utils.numeric import full_precision
 
 __all__ = ["AMNNetwork", "AMNOutput", "activation_loss"]
 
@@ -139,8 +140,9 @@ def activation_loss(logits: Tensor, masks: Tensor, smoothing: float = 0.4) -> Te
     checks.unit_interval("activation_loss", "smoothing", smoothing)
     checks.shape("activation_loss", "logits", logits, ("B", "C+1", "h", "w"))
     checks.shape("activation_loss", "masks", masks, (len(logits), "H", "W"))
-    target = F.interpolate(masks[:, None].double(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
-    log_shares = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
+    # Class indices are exact in float32.
+    target = F.interpolate(masks[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
+    log_shares = full_precision(logits).log_softmax(1)
     classes = logits.shape[1] - 1
     own = log_shares.gather(1, target.where(target != 255, 0)[:, None])[:, 0]
     losses = -(1 - smoothing) * own - smoothing / max(classes, 1) * (log_shares.sum(1) - own)
