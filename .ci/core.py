@@ -84,7 +84,7 @@ hints = {
         lambda: module("models.mct").Hybrid(module("models.backbones").SmallResNet(8)),
     ],
     "clip": [lambda: module("clip").FrozenCLIP.load("ViT-B-16")],
-    "examples": [lambda: module("data").save_mask("mask.png", torch.zeros(2, 2, dtype=torch.uint8))],
+    "recipes": [lambda: module("data").save_mask("mask.png", torch.zeros(2, 2, dtype=torch.uint8))],
 }
 wrong = [said for extra, calls in hints.items() for call in calls if f"protoseg[{extra}]" not in (said := hint(call))]
 assert not wrong, wrong

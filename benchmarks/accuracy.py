@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --data ../shared/data/msrc15 --ceiling
     python benchmarks/accuracy.py --head mct                            # the bank in another paper's network
 
-Runs ``examples/train_cpal.py`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in
+Runs ``protoseg train cpal`` with ``--method none`` and ``--method cpal`` for every seed; finished runs in
 ``--runs`` are kept, broken-off ones resumed. Then leaves out one part of the bank at a time, on the networks that
 ``cpal`` trained. Other heads than the plain CAM leave nothing out; both methods of AMN's learn from the same masks.
 Writes ``accuracy-NAME.json`` and ``accuracy-NAME.md`` into ``--output``.
@@ -31,14 +31,13 @@ from tqdm import tqdm
 
 from protoseg import ContextPrototypeBank
 from protoseg.metrics import RegionContrast, ThresholdSweep
+from protoseg.recipes.cpal_heads import build
+from protoseg.recipes.cpal_stages import infer
+from protoseg.recipes.files import keywords, load_checkpoint
+from protoseg.recipes.pictures import open_pictures
+from protoseg.recipes.pseudo_masks import enlarge
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from common import keywords, load_checkpoint, open_pictures  # noqa: E402
-from cpal_heads import build  # noqa: E402
-from cpal_stages import infer  # noqa: E402
-from pseudo_masks import enlarge  # noqa: E402
 
 MAPS = ("cam", "instance", "pacam")
 # What is left out or changed, and what stands in its place, as arguments of ContextPrototypeBank.
@@ -84,7 +83,7 @@ def spread(values: Iterable[float | None]) -> dict[str, Any]:
 def run(folder: Path, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or read it where it is finished already."""
     if not (folder / "metrics.json").exists():
-        command = [sys.executable, str(ROOT / "examples" / "train_cpal.py"), "--data", args.data, "--method", method]
+        command = [sys.executable, "-m", "protoseg", "train", "cpal", "--data", args.data, "--method", method]
         command += ["--head", args.head, "--seed", str(seed), "--output", str(folder), "--device", args.device]
         command += args.flags
         if method == "cpal":
@@ -305,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--no-parts", action="store_true", help="do not leave out parts")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for train_cpal.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for protoseg train cpal")
     args = parser.parse_args(argv)
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name

@@ -4,7 +4,7 @@
     python benchmarks/accuracy_pgseg.py --sets parts --seeds 0 1 2
     python benchmarks/accuracy_pgseg.py --data ../shared/data/msrc21 --sets npr -- --size 96 --epochs 80
 
-Runs ``examples/train_pgseg.py`` for every variant and seed with the same number of steps, ``--jobs`` runs at a time of
+Runs ``protoseg train pgseg`` for every variant and seed with the same number of steps, ``--jobs`` runs at a time of
 one thread each; finished runs in ``--runs`` are kept. Writes ``accuracy-pgseg-NAME-SETS.json`` and ``.md``.
 """
 
@@ -15,7 +15,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from typing import Any
 from accuracy import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 NARROW = ["--npr-options", "bandwidth=0.1"]  # the class's default; that of "tiny" is 0.3
 # Flags of the trainer by variant. "npr" is what the paper compares; "remedies" change how both regularizers work;
 # "parts" put one part of the paper in the place of what "tiny" has.
@@ -64,11 +61,11 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def train(job: tuple[Path, list[str]]) -> None:
     """Train one run in a process of its own, which draws each scene only once for all its runs."""
-    import pgseg_data
     import torch
-    import train_pgseg
 
     from protoseg.data import ScenePairs
+    from protoseg.recipes import pgseg as recipe
+    from protoseg.recipes import pgseg_data
 
     folder, flags = job
     torch.set_num_threads(1)
@@ -84,7 +81,7 @@ def train(job: tuple[Path, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
         try:
-            train_pgseg.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
+            recipe.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
         except SystemExit as error:  # by which a worker would leave the pool waiting for ever
             raise RuntimeError(f"{folder}: {error}") from error
 
@@ -143,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy-pgseg"), help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for train_pgseg.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for protoseg train pgseg")
     args = parser.parse_args(argv)
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name

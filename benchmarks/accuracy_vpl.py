@@ -3,7 +3,7 @@
     python benchmarks/accuracy_vpl.py                                        # on made scenes
     python benchmarks/accuracy_vpl.py --data ../shared/data/msrc15 --sets maps -- --size 96 --clip-size 96
 
-Runs ``examples/train_vpl.py`` for every variant and seed, ``--jobs`` runs at a time of one thread each; finished runs
+Runs ``protoseg train vpl`` for every variant and seed, ``--jobs`` runs at a time of one thread each; finished runs
 in ``--runs`` are kept. Writes ``accuracy-vpl-NAME.json`` and ``.md``.
 """
 
@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from typing import Any, NamedTuple
 from accuracy import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 MAPS = ("text", "text_centered", "vision", "vision_affinity")
 
 
@@ -71,7 +68,8 @@ VARIANTS["contrast"] = {
 def run(job: tuple[Path, Path | None, list[str]]) -> None:
     """Train one run in a process of its own; on a base, only its last stages."""
     import torch
-    import train_vpl
+
+    from protoseg.recipes import vpl as recipe
 
     folder, base, flags = job
     torch.set_num_threads(1)
@@ -81,7 +79,7 @@ def run(job: tuple[Path, Path | None, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
         try:
-            train_vpl.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
+            recipe.main([*flags, "--output", str(folder), "--overwrite"])  # what a broken-off run left
         except SystemExit as error:  # by which a worker would leave the pool waiting for ever
             raise RuntimeError(f"{folder}: {error}") from error
     if base is not None:  # which has them
@@ -193,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy-vpl"), help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for train_vpl.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags for protoseg train vpl")
     args = parser.parse_args(argv)
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name

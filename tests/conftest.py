@@ -12,7 +12,7 @@ from tests import processes
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of the trainer; not to be changed."""
-    from tests import trainer  # skips where the extra examples is not installed
+    from tests import trainer  # skips where the extra recipes is not installed
 
     output = tmp_path_factory.mktemp("finished")
     trainer.run(output)

@@ -361,7 +361,7 @@ def test_files_of_the_usual_forms(form: str, name: str, tmp_path: Path) -> None:
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch", reason="the extra examples is not installed")
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra recipes is not installed")
     whole = timm.create_model("resnet10t")
     safetensors.save_file(whole.state_dict(), tmp_path / "model.safetensors")
     backbone = TimmBackbone("resnet10t", weights=str(tmp_path / "model.safetensors"))

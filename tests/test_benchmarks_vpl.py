@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_examples_vpl import TINY
+from tests.test_recipes_vpl import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -32,8 +32,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The trainer's small CLIP, briefly trained: no weights can be downloaded."""
     pytest.importorskip("open_clip", reason="the extra clip is not installed")
-    import small_clip
     from accelerate import Accelerator
+
+    from protoseg.recipes import small_clip
 
     args = SimpleNamespace(clip_data=["scenes"], clip_scenes=64, clip_steps=10, clip_size=64, seed=0, tags="auto")
     args.workers, args.cache = 0, tmp_path_factory.mktemp("cache")

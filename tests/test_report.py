@@ -68,7 +68,7 @@ def write(path: Path, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pytest.importorskip("matplotlib", reason="plots need the extra 'examples'")
+    pytest.importorskip("matplotlib", reason="plots need the extra 'recipes'")
     return write(tmp_path_factory.mktemp("report") / "report.html")
 
 
@@ -202,7 +202,7 @@ def test_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     for name in [module, *(each for each in sys.modules if each.startswith(f"{module}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     changes: dict[str, Any] = {"history": {}, "sweeps": {}} if module == "PIL" else {"pictures": []}
-    with pytest.raises(ImportError, match=rf'write_report needs {module}; run pip install "protoseg\[examples\]"'):
+    with pytest.raises(ImportError, match=rf'write_report needs {module}; run pip install "protoseg\[recipes\]"'):
         write(tmp_path / "r.html", **changes)
     if module != "jinja2":
         write(tmp_path / "r.html", history={}, sweeps={}, pictures=[])  # numbers need neither plots nor pictures
@@ -226,7 +226,7 @@ def test_wrong_picture_is_named(
 
 
 def test_large_pictures_are_made_smaller() -> None:
-    pil_image = pytest.importorskip("PIL.Image", reason="pictures need the extra 'examples'")
+    pil_image = pytest.importorskip("PIL.Image", reason="pictures need the extra 'recipes'")
     import base64
     import io
 
@@ -236,7 +236,7 @@ def test_large_pictures_are_made_smaller() -> None:
 
 
 def test_long_curves_do_not_swell_the_file(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra 'examples'")
+    pytest.importorskip("matplotlib", reason="plots need the extra 'recipes'")
     noise = torch.rand(50_000, generator=torch.Generator().manual_seed(0)).tolist()
     write_report(tmp_path / "r.html", title="Long", metrics={}, history={"loss": list(enumerate(noise))})
     assert (tmp_path / "r.html").stat().st_size < 300_000

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from protoseg.data import Broken, Pair, write_shards
+from protoseg.recipes.files import load_checkpoint
 from tests.test_pairs import needs_webdataset, workers_warn
-from tests.trainer import SETTINGS, assert_equal, common
+from tests.trainer import SETTINGS, assert_equal
 
 pytestmark = [needs_webdataset, workers_warn]
 
 COUNT, SHARDS = 10_000, 20
 WORDS = ("brell", "tovin", "skarn", "molu")
-TRAINER = Path(__file__).parents[1] / "examples" / "train_pgseg.py"
 # One of two processes that read whole epochs and write down what they got.
 READ = """
 import json, sys
@@ -96,7 +96,7 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(pattern: str, tmp_path: 
     environment = {**os.environ, **SETTINGS}
 
     def start(output: Path, *more: str) -> subprocess.Popen[str]:
-        command = launch("--", str(TRAINER), *flags, "--output", str(output), *more)
+        command = launch("-m", "protoseg", "train", "pgseg", *flags, "--output", str(output), *more)
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     def finish(process: subprocess.Popen[str]) -> None:
@@ -115,9 +115,9 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(pattern: str, tmp_path: 
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     process.communicate()
-    assert common.load_checkpoint(path)["epoch"] < 4
+    assert load_checkpoint(path)["epoch"] < 4
     finish(start(tmp_path / "killed", "--resume"))
-    want, got = (common.load_checkpoint(tmp_path / name / "checkpoint" / "last.pt") for name in ("whole", "killed"))
+    want, got = (load_checkpoint(tmp_path / name / "checkpoint" / "last.pt") for name in ("whole", "killed"))
     assert_equal(got, want)
     metrics: dict[str, Any] = json.loads((tmp_path / "killed" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["broken"]["damaged shard"] == 1

@@ -349,7 +349,7 @@ def test_without_pillow_the_error_says_what_to_install(root: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert 'ImportError: reading and writing pictures needs PIL; run pip install "protoseg[examples]"' in run.stderr
+    assert 'ImportError: reading and writing pictures needs PIL; run pip install "protoseg[recipes]"' in run.stderr
 
 
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs the MSRC v2 data in {MSRC15}")

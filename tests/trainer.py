@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,22 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-pytest.importorskip("accelerate", reason="the extra examples is not installed")
-pytest.importorskip("segmentation_models_pytorch", reason="the extra examples is not installed")
+pytest.importorskip("accelerate", reason="the extra recipes is not installed")
+pytest.importorskip("segmentation_models_pytorch", reason="the extra recipes is not installed")
 
-import common
-import pseudo_masks
-import train_cpal
-import training
+from protoseg.recipes import cpal, pseudo_masks
+from protoseg.recipes.files import load_checkpoint
 
 __all__ = [
+    "COMMAND",
     "MAPS",
     "SCENES",
-    "SCRIPT",
     "SETTINGS",
     "TINY",
     "assert_equal",
     "assert_maps",
     "checkpoint",
-    "common",
+    "cpal",
     "findings",
     "main",
     "masks",
@@ -38,11 +37,9 @@ __all__ = [
     "pseudo_masks",
     "read",
     "run",
-    "train_cpal",
-    "training",
 ]
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_cpal.py"
+COMMAND = [sys.executable, "-m", "protoseg", "train", "cpal"]
 MAPS = {"cam", "instance", "pacam"}
 TINY = ["--device", "cpu", "--size", "48", "--crop", "48", "--backbone", "small:8", "--segmentation-epochs", "1"]
 SCENES = [*TINY, "--train-scenes", "24", "--eval-scenes", "6", "--epochs", "2", "--batch", "8"]
@@ -60,7 +57,7 @@ def main(flags: Sequence[str]) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train_cpal.main(flags)
+        return cpal.main(flags)
     finally:
         torch.set_num_threads(threads)
 
@@ -82,7 +79,7 @@ def findings(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint(output: Path, name: str = "classify") -> dict[str, Any]:
-    return common.load_checkpoint(output / "checkpoint" / f"{name}.pt")
+    return load_checkpoint(output / "checkpoint" / f"{name}.pt")
 
 
 def assert_equal(a: Any, b: Any) -> None:

@@ -47,7 +47,7 @@ _LISTED = 5  # names shown in an error before "and n more"
 
 def pillow() -> Any:
     """Return ``PIL.Image``, or say how to install it."""
-    return require("PIL.Image", "reading and writing pictures", "examples")
+    return require("PIL.Image", "reading and writing pictures", "recipes")
 
 
 def _listed(names: list[str]) -> str:

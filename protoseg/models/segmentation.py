@@ -33,7 +33,7 @@ class SmallUnet(nn.Module):
 
     def __init__(self, encoder: SmallResNet, classes: int) -> None:
         super().__init__()
-        smp = require("segmentation_models_pytorch", "SmallUnet", "examples")
+        smp = require("segmentation_models_pytorch", "SmallUnet", "recipes")
         width = encoder.channels // 4
         self.encoder = encoder
         self.decoder = smp.decoders.unet.decoder.UnetDecoder(
@@ -96,7 +96,7 @@ def build_segmentation_network(
 
 
 def _create(name: str, classes: int, weights: bool | str | None = None) -> nn.Module:
-    smp = require("segmentation_models_pytorch", "build_segmentation_network", "examples")
+    smp = require("segmentation_models_pytorch", "build_segmentation_network", "recipes")
     architecture, _, encoder = name.partition(":")
     try:
         model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=weights, classes=classes)

@@ -91,7 +91,7 @@ def data_uri(image: Tensor) -> str:
     Raises:
         ImportError: PIL is not installed.
     """
-    pil = require("PIL.Image", "write_report", "examples")
+    pil = require("PIL.Image", "write_report", "recipes")
 
     pixels = image.detach().cpu().permute(1, 2, 0).contiguous()
     picture = pil.fromarray(pixels.numpy())

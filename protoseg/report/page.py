@@ -104,7 +104,7 @@ def write_report(
 
     Raises:
         ImportError: There is no jinja2, or there are curves but no matplotlib, or pictures but no PIL (the extra
-            ``examples``).
+            ``recipes``).
         TypeError: A picture is not uint8, see :func:`overlay`.
         ValueError: A panel or truth does not have the size of its picture.
 
@@ -137,7 +137,7 @@ def write_report(
 
 
 def _template() -> Any:
-    jinja2 = require("jinja2", "write_report", "examples")
+    jinja2 = require("jinja2", "write_report", "recipes")
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("protoseg", "report"),

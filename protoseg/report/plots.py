@@ -67,8 +67,8 @@ def plot(lines: Sequence[Line], marks: Sequence[Mark], *, label: str, x_label: s
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "write_report", "examples")
-    figures = require("matplotlib.figure", "write_report", "examples")
+    matplotlib = require("matplotlib", "write_report", "recipes")
+    figures = require("matplotlib.figure", "write_report", "recipes")
 
     file = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
@@ -98,7 +98,7 @@ def _draw(axes: Any, lines: Sequence[Line], marks: Sequence[Mark]) -> None:
 
 
 def _set_style(axes: Any, x_label: str) -> None:
-    ticker = require("matplotlib.ticker", "write_report", "examples")
+    ticker = require("matplotlib.ticker", "write_report", "recipes")
 
     axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)

@@ -19,13 +19,16 @@ from PIL import Image
 from protoseg.data import Scenes, voc_palette
 from protoseg.models.backbones import SmallResNet
 from protoseg.models.cam import CAMNetwork
+from protoseg.recipes.engine import learning_rate, parameter_groups
+from protoseg.recipes.files import keywords, write_json
+from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, Shuffle
+from protoseg.utils.files import replacing
 from tests.trainer import (
     SCENES,
-    SCRIPT,
     assert_equal,
     assert_maps,
     checkpoint,
-    common,
+    cpal,
     findings,
     main,
     masks,
@@ -33,8 +36,6 @@ from tests.trainer import (
     pseudo_masks,
     read,
     run,
-    train_cpal,
-    training,
 )
 
 
@@ -100,7 +101,7 @@ def test_the_report_and_the_settings_are_there(finished: Path) -> None:
     assert all(f"{name} loss" in page for name in ("classify", "self", "segment"))
     config = read(finished, "config.json")
     assert config["backbone"] == "small:8"
-    assert config["lr"] == train_cpal.PRESETS["scenes"]["lr"]
+    assert config["lr"] == cpal.PRESETS["scenes"]["lr"]
     assert not [path for path in finished.rglob(".*") if path.is_file()]  # no half-written file is left
 
 
@@ -118,7 +119,7 @@ def test_another_seed_finds_something_else(finished: Path, tmp_path: Path) -> No
 
 def test_one_stage_after_another_is_as_all_in_one_go(finished: Path, tmp_path: Path) -> None:
     seconds = [0.0]
-    for stage in train_cpal.STAGES:
+    for stage in cpal.STAGES:
         metrics = run(tmp_path, "--stages", stage)
         seconds.append(metrics["seconds"])
     assert findings(metrics) == findings(read(finished))
@@ -150,35 +151,35 @@ def test_before_start_the_bank_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_rises_and_falls_to_0() -> None:
-    factors = [common.learning_rate(step, 100) for step in range(100)]
+    factors = [learning_rate(step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert max(factors) == 1
     assert 0 <= factors[-1] < 1e-3
-    assert common.learning_rate(0, 1) == 1
+    assert learning_rate(0, 1) == 1
 
 
 def test_order_and_crops_depend_on_seed_epoch_and_picture_only() -> None:
     """Not on the salt of Python's hashes, the order of access, or what was drawn before."""
     code = (
-        "import common; from protoseg.data.scenes import Scenes\n"
-        "order = common.Shuffle(9, 3); order.epoch = 2\n"
-        "crops = common.Crops(common.Pictures(Scenes(4, size=32)), 16, seed=3); crops.epoch = 2\n"
+        "from protoseg.data import Scenes; from protoseg.recipes.pictures import Crops, Pictures, Shuffle\n"
+        "order = Shuffle(9, 3); order.epoch = 2\n"
+        "crops = Crops(Pictures(Scenes(4, size=32)), 16, seed=3); crops.epoch = 2\n"
         "print(list(order), [round(crops[i]['images'].mean().item(), 6) for i in (2, 0)])"
     )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "PYTHONHASHSEED": salt},
+            env={**os.environ, "PYTHONHASHSEED": salt},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
         for salt in ("0", "5")
     }
-    order = common.Shuffle(9, 3)
+    order = Shuffle(9, 3)
     order.epoch = 2
-    crops = common.Crops(common.Pictures(Scenes(4, size=32)), 16, seed=3)
+    crops = Crops(Pictures(Scenes(4, size=32)), 16, seed=3)
     crops.epoch = 2
     here = [crops[index]["images"] for index in (0, 1, 2)]
     values = [round(here[index].mean().item(), 6) for index in (2, 0)]
@@ -190,9 +191,9 @@ def test_order_and_crops_depend_on_seed_epoch_and_picture_only() -> None:
 
 def test_crops_can_go_to_a_process_that_reads() -> None:
     """Also one that is not a fork, to which the data set is pickled."""
-    args = train_cpal.parse([])
+    args = cpal.parse([])
     masks_of = (partial(pseudo_masks.pseudo_mask, args=args), pseudo_masks.true_mask)
-    for crops in (common.Crops(common.Pictures(Scenes(2, size=32)), 32, seed=0, masks=each) for each in masks_of):
+    for crops in (Crops(Pictures(Scenes(2, size=32)), 32, seed=0, masks=each) for each in masks_of):
         again = pickle.loads(pickle.dumps(crops))
         assert len(again) == 2
     assert_equal(again[1], crops[1])
@@ -200,18 +201,18 @@ def test_crops_can_go_to_a_process_that_reads() -> None:
 
 def test_a_crop_s_mask_goes_with_its_picture() -> None:
     """A mask that is a function of the picture stays one under cropping, resizing and mirroring."""
-    pictures = common.Pictures(Scenes(3, size=64))
-    crops = common.Crops(
+    pictures = Pictures(Scenes(3, size=64))
+    crops = Crops(
         pictures, 64, seed=0, color=0.0, share=(0.3, 0.6), masks=lambda sample: (sample.image[0] > 127).byte()
     )
     agreed = []
     for index in range(3):
         for crops.epoch in range(4):
             item = crops[index]
-            red = item["images"] * common.STD + common.MEAN
+            red = item["images"] * STD + MEAN
             agreed.append(float(((red[0] > 0.5) == (item["masks"] > 0)).float().mean()))
     assert min(agreed) > 0.85  # but for edges, where a smooth picture and a nearest mask differ
-    whole = common.Crops(pictures, 64, seed=0, color=0.0, share=(1.0, 1.0))
+    whole = Crops(pictures, 64, seed=0, color=0.0, share=(1.0, 1.0))
     assert whole[0]["images"].shape == (3, 64, 64)
 
 
@@ -257,60 +258,60 @@ def test_an_unknown_refiner_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_bank_arguments_are_read_by_their_form() -> None:
-    found = common.keywords("--bank", ["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "center=True"])
+    found = keywords("--bank", ["top_k=2", "sharpness=0.5", "shift=false", "metric=cosine", "center=True"])
     assert found == {"top_k": 2, "sharpness": 0.5, "shift": False, "metric": "cosine", "center": True}
     assert [type(value) for value in found.values()] == [int, float, bool, str, bool]
 
 
-@pytest.mark.parametrize("preset", list(train_cpal.PRESETS))
+@pytest.mark.parametrize("preset", list(cpal.PRESETS))
 def test_presets_fill_what_is_not_given(preset: str) -> None:
-    args = train_cpal.parse(["--preset", preset, "--lr", "0.5"])
+    args = cpal.parse(["--preset", preset, "--lr", "0.5"])
     assert args.lr == 0.5
-    for name, value in train_cpal.PRESETS[preset].items():
+    for name, value in cpal.PRESETS[preset].items():
         assert getattr(args, name) == (0.5 if name == "lr" else value)
     assert args.scales[0] == 1  # the grid of the maps
     assert None not in (args.stride, args.bank_features, args.head_lr, args.crop, args.segmentation_epochs)
 
 
 def test_the_preset_fits_the_data_and_the_weights_the_preset() -> None:
-    assert train_cpal.parse([]).preset == "scenes"
+    assert cpal.parse([]).preset == "scenes"
     folder = ["--data", "folder"]
-    args = train_cpal.parse(folder)
+    args = cpal.parse(folder)
     assert (args.preset, args.backbone, args.weights) == (
         *("pretrained", "tf_efficientnet_lite0", "package:efficientnet-lite0"),
     )
-    assert train_cpal.parse([*folder, "--weights", "none"]).weights is None
-    assert train_cpal.parse([*folder, "--preset", "scratch"]).weights is None
-    assert train_cpal.parse([*folder, "--preset", "paper-voc"]).weights == "timm"
+    assert cpal.parse([*folder, "--weights", "none"]).weights is None
+    assert cpal.parse([*folder, "--preset", "scratch"]).weights is None
+    assert cpal.parse([*folder, "--preset", "paper-voc"]).weights == "timm"
     # AMN's are those of its first run, unless it is given masks and so has none.
-    assert train_cpal.parse([*folder, "--head", "amn"]).weights is None
-    assert train_cpal.parse([*folder, "--head", "amn", "--masks", "x"]).weights == "package:efficientnet-lite0"
+    assert cpal.parse([*folder, "--head", "amn"]).weights is None
+    assert cpal.parse([*folder, "--head", "amn", "--masks", "x"]).weights == "package:efficientnet-lite0"
 
 
 def test_the_head_can_learn_faster_than_the_backbone() -> None:
     network = CAMNetwork(SmallResNet(2), 3)
-    groups = training.parameter_groups(network, 10.0)
+    groups = parameter_groups(network, 10.0)
     assert {group["factor"]: len(group["params"]) for group in groups} == {
         1.0: len(list(network.backbone.parameters())),
         10.0: 1,
     }
-    (alone,) = training.parameter_groups(network, 1.0)
+    (alone,) = parameter_groups(network, 1.0)
     assert [id(each) for each in alone["params"]] == [id(each) for each in network.parameters()]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
-    common.write_json(tmp_path / "a.json", {"a": [math.nan, math.inf, 1.5], "b": (Path("x"), None, True)})
+    write_json(tmp_path / "a.json", {"a": [math.nan, math.inf, 1.5], "b": (Path("x"), None, True)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.5], "b": ["x", None, True]}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.json"
-    common.write_json(path, 1)
+    write_json(path, 1)
     with pytest.raises(TypeError, match="not JSON serializable"):
-        common.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
 
     def write() -> None:
-        with common.replacing(path) as file:
+        with replacing(path) as file:
             file.write_text("half")
             assert path.read_text() == "1\n"
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""From maps to masks, as ``train_cpal.py`` and ``train_vpl.py`` do it: seeds, scores, pseudo masks, the report."""
+"""From maps to masks, as the recipes ``cpal`` and ``vpl`` do it: seeds, scores, pseudo masks, the report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import Pictures, replacing
 from torch import Tensor
 from tqdm import tqdm
 
 from protoseg.data import Sample, load_mask, save_mask
 from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
+from protoseg.recipes.pictures import Pictures
 from protoseg.report import Picture, write_report
+from protoseg.utils.files import replacing
 
 
 def shard(length: int, accelerator: Accelerator) -> range:
@@ -51,6 +52,7 @@ def score_maps(
     """
     scores: dict[str, Any] = {}
     curves: dict[str, Any] = {}
+    seed_path(args, "").parent.mkdir(parents=True, exist_ok=True)
     for split, pictures in splits.items():
         sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in names}
         contrasts = {name: RegionContrast(len(pictures.classes)) for name in names}

@@ -1,4 +1,4 @@
-"""The stages of ``train_cpal.py`` after training: seeds, pseudo masks, scores and the report."""
+"""The stages of the recipe ``cpal`` after training: seeds, pseudo masks, scores and the report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from common import MEAN, STD, Pictures, scaled_image, seeded
-from cpal_heads import Head, colors, reader
-from pseudo_masks import enlarge, named, score_maps, shard
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,6 +15,9 @@ from protoseg import ContextPrototypeBank
 from protoseg.data import Sample
 from protoseg.functional import max_normalize, multi_scale, prototype_cam
 from protoseg.metrics import ConfusionMatrix
+from protoseg.recipes.cpal_heads import Head, colors, reader
+from protoseg.recipes.pictures import MEAN, STD, Pictures, scaled_image, seeded
+from protoseg.recipes.pseudo_masks import enlarge, named, score_maps, shard
 
 MAPS = ("cam", "instance", "pacam")
 KEPT = 2**30  # bytes of features and CAM that a process keeps while it fills the bank, and until it makes the maps
@@ -47,7 +47,7 @@ def picture_maps(
     bank: ContextPrototypeBank, features: Tensor, cam: Tensor, labels: Tensor, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Those of the three maps ``[C, h, w]`` of one picture that are named, in 0..1, absent classes 0."""
-    out = bank(features, cam, labels)
+    out = bank(features, cam, labels, store=False)
     # As in SIPE: every pixel against the picture's own prototype of the class.
     instance = max_normalize(prototype_cam(features, out.instances.unsqueeze(2))) * labels[:, :, None, None]
     maps = {"cam": out.cam[0, 1:], "instance": instance[0], "pacam": out.pacam[0, 1:]}
@@ -102,10 +102,9 @@ def seeds(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
-    net.bank.eval()
     views = Views(net.cam, splits["train"], args, accelerator)
     if "pacam" in args.maps:  # the others need no memory
-        net.bank.fill(views, rounds=args.bank_rounds)
+        net.bank.eval().fill(views, rounds=args.bank_rounds)
 
     def maps_of(sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         features, cam = views.see(sample)

@@ -19,11 +19,11 @@ from PIL import Image
 
 from protoseg.data import ScenePairs, Scenes, write_shards
 from protoseg.models.pgseg.network import PGSegConfig
-from tests.trainer import SETTINGS, assert_equal, common, findings
+from protoseg.recipes import pgseg
+from protoseg.recipes.files import load_checkpoint
+from tests.trainer import SETTINGS, assert_equal, findings
 
-import train_pgseg  # isort: skip
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_pgseg.py"
+COMMAND = [sys.executable, "-m", "protoseg", "train", "pgseg"]
 TINY = ["--device", "cpu", "--size", "32", "--epochs", "2", "--batch", "8", "--train-scenes", "16"]
 TINY += ["--eval-scenes", "4"]
 
@@ -32,7 +32,7 @@ def run(output: Path, *flags: str) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train_pgseg.main([*TINY, "--output", str(output), *flags])
+        pgseg.main([*TINY, "--output", str(output), *flags])
     finally:
         torch.set_num_threads(threads)
     found: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
@@ -78,12 +78,12 @@ def test_prototypes_that_are_not_asked_for_do_not_count(npr: str, tmp_path: Path
 def test_fields_of_the_network_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[PGSegConfig] = []
 
-    class Seen(train_pgseg.PGSeg):  # type: ignore[misc, name-defined]
+    class Seen(pgseg.PGSeg):  # type: ignore[misc, name-defined]
         def __init__(self, config: PGSegConfig) -> None:
             built.append(config)
             super().__init__(config)
 
-    monkeypatch.setattr(train_pgseg, "PGSeg", Seen)
+    monkeypatch.setattr(pgseg, "PGSeg", Seen)
     fields = ["groups=6,3", "depths=1,0,1", "npr_target=means", "hidden=8", "npr_source=unit"]
     metrics = run(tmp_path, "--epochs", "1", "--network", *fields)
     (config,) = built
@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     long = ("--epochs", "6")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     want = run(whole, *long)
-    command = [sys.executable, str(SCRIPT), *TINY, "--output", str(broken), *long]
+    command = [*COMMAND, *TINY, "--output", str(broken), *long]
     process = subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
     path, deadline = broken / "checkpoint" / "last.pt", time.monotonic() + 120
     while not path.exists():
@@ -111,9 +111,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert common.load_checkpoint(path)["epoch"] < 6
+    assert load_checkpoint(path)["epoch"] < 6
     got = run(broken, *long, "--resume")
-    assert_equal(common.load_checkpoint(path), common.load_checkpoint(whole / "checkpoint" / "last.pt"))
+    assert_equal(load_checkpoint(path), load_checkpoint(whole / "checkpoint" / "last.pt"))
     assert findings(got) == findings(want)
 
 

@@ -1,4 +1,4 @@
-"""The training loop of ``train_cpal.py`` and ``train_vpl.py``: epochs that a stopped run takes up bit for bit."""
+"""The training loop of the recipes ``cpal`` and ``vpl``: epochs that a stopped run takes up bit for bit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Crops, Shuffle, learning_rate, load_checkpoint, save_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from protoseg.recipes.files import load_checkpoint, save_checkpoint
+from protoseg.recipes.pictures import Crops, Shuffle
 
 Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
 
@@ -98,6 +100,15 @@ def train(
     if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
         model.load_state_dict(load_checkpoint(path)["model"])
     return history
+
+
+def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:
+    """Factor of the base rate: a linear rise over a share of the steps, then half a cosine to 0."""
+    rise = max(1.0, warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1.0, total - rise)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
 
 
 def parameter_groups(model: nn.Module, head_lr: float) -> list[dict[str, Any]]:

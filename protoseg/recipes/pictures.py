@@ -1,18 +1,9 @@
-"""What the trainers share: opening data, training crops, checkpoints, bookkeeping."""
+"""The pictures of a run: opened, held in memory, cropped for training, scaled for inference."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import math
-import os
-import platform
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -198,111 +189,3 @@ def scaled_image(image: Tensor, side: int, multiple: int = 8, mean: Tensor = MEA
     scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
     size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]
     return normalize(resize(image, size) / 255, mean, std)[None]
-
-
-def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:
-    """Factor of the base rate: a linear rise over a share of the steps, then half a cosine to 0."""
-    rise = max(1.0, warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    progress = (step - rise) / max(1.0, total - rise)
-    return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write beside ``path`` that takes its place when it is complete, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_replace(output: Path, patterns: Sequence[str], *, overwrite: bool) -> list[Path]:
-    """Find what a run that starts anew would take the place of, and stop unless the user asked for that.
-
-    Args:
-        output: The run's folder.
-        patterns: What the run's stages leave there.
-        overwrite: ``--overwrite``.
-
-    Returns:
-        The files.
-    """
-    files = [file for pattern in patterns for file in sorted(output.glob(pattern))]
-    if files and not overwrite:
-        raise SystemExit(
-            f"--output: {output} holds results ({files[0].relative_to(output)} and {len(files) - 1} more), which this "
-            "run would delete; take another --output, go on with that run by --resume, or say --overwrite"
-        )
-    return files
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON in one step; NaN and infinity become null, as JSON has neither."""
-    with replacing(path) as file:
-        file.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint in one step, tensors and plain values only."""
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def keywords(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``name=value`` into keyword arguments: numbers, true and false, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise SystemExit(f"{flag}: expected NAME=VALUE, got {pair!r}")
-        value: Any = {"true": True, "false": False}.get(text.lower(), text)
-        for kind in (int, float):
-            if isinstance(value, str):
-                try:
-                    value = kind(text)
-                except ValueError:
-                    continue
-        options[name] = value
-    return options
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held: on the GPU where there is one, else in all; NaN where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -1,4 +1,4 @@
-"""What ``train_pgseg.py`` trains and scores on: pictures with sentences, and pictures with masks."""
+"""What the recipe ``pgseg`` trains and scores on: pictures with sentences, and pictures with masks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import normalize, resize, seeded
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
+from protoseg.recipes.pictures import normalize, resize, seeded
 
 View = tuple[Tensor, str]
 

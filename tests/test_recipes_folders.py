@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from protoseg.data import Scenes, UnreadableFileError, VOCFolder, save_mask
-from tests.trainer import TINY, assert_maps, common, findings, main, masks, miou, read
+from protoseg.recipes.pictures import Pictures
+from tests.trainer import TINY, assert_maps, findings, main, masks, miou, read
 
 MSRC15 = Path(__file__).parents[2] / "shared" / "data" / "msrc15"
 
@@ -165,7 +166,7 @@ def test_an_empty_split_and_a_missing_folder_or_split(folder: Callable[..., Path
 
 def test_a_data_set_that_is_too_large_to_hold_is_read_again() -> None:
     scenes = Scenes(5, size=32)
-    held, read_again = common.Pictures(scenes), common.Pictures(scenes, keep=4)
+    held, read_again = Pictures(scenes), Pictures(scenes, keep=4)
     assert held[1] is held[1]
     assert read_again[1] is not read_again[1]
     assert [each.id for each in read_again] == held.ids == scenes.ids

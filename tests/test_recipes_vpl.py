@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 
 from protoseg.data import Scenes, save_mask
-from tests.trainer import SETTINGS, assert_equal, common, findings, masks, miou, read
+from protoseg.recipes.files import load_checkpoint
+from protoseg.recipes.pictures import Pictures
+from tests.trainer import SETTINGS, assert_equal, findings, masks, miou, read
 
 pytest.importorskip("open_clip", reason="the extra clip is not installed")
 
-import small_clip
-import train_vpl
+from protoseg.recipes import small_clip, vpl
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_vpl.py"
+COMMAND = [sys.executable, "-m", "protoseg", "train", "vpl"]
 TINY = ["--device", "cpu", "--clip-scenes", "16", "--clip-steps", "3", "--clip-size", "32", "--size", "32"]
 TINY += ["--crop", "32", "--epochs", "2", "--batch", "8", "--train-scenes", "12", "--eval-scenes", "5"]
 TINY += ["--decoder-dim", "16", "--decoder-depth", "1"]
@@ -42,7 +43,7 @@ def run(output: Path, cache: Path, *flags: str) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train_vpl.main([*TINY, "--cache", str(cache), "--output", str(output), *flags])
+        vpl.main([*TINY, "--cache", str(cache), "--output", str(output), *flags])
     finally:
         torch.set_num_threads(threads)
     return read(output)
@@ -121,7 +122,7 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
     plain = run(tmp_path / "plain", cache, "--stages", "segment", "--no-rsc", "--overwrite")
     assert plain["method"] == "without regional contrast"
     assert plain["maps"] == base["maps"]
-    both = [common.load_checkpoint(each / "checkpoint" / "decoder.pt") for each in (tmp_path / "plain", finished)]
+    both = [load_checkpoint(each / "checkpoint" / "decoder.pt") for each in (tmp_path / "plain", finished)]
     assert [set(each["history"][0]) for each in both] == [{"segment", "affinity"}, {"segment", "affinity", "contrast"}]
     weights = [each["model"]["enter.0.1.weight"] for each in both]
     assert not torch.equal(*weights)
@@ -129,7 +130,7 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
 
 def test_permuted_colors_are_what_every_stage_sees() -> None:
     scenes = Scenes(5, seed=0, size=96)
-    permuted = common.Pictures(scenes)
+    permuted = Pictures(scenes)
     permuted.channels = [1, 2, 0]
     assert torch.equal(permuted[3].image, scenes[3].image[[1, 2, 0]])
     assert torch.equal(permuted[3].image, next(each for each in permuted if each.id == scenes.ids[3]).image)
@@ -177,7 +178,7 @@ def test_a_folder_and_a_model_of_open_clips(tmp_path: Path, cache: Path, monkeyp
 
 
 def start(output: Path, cache: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), *TINY, "--cache", str(cache), "--output", str(output), *flags]
+    command = [*COMMAND, *TINY, "--cache", str(cache), "--output", str(output), *flags]
     return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
 
 
@@ -198,7 +199,7 @@ def test_a_killed_run_resumes_bit_for_bit(when: str, cache: Path, tmp_path: Path
     got = run(broken, cache, *long, "--resume")
     assert findings(got) == findings(want)
     for name in ("prototypes", "decoder"):
-        both = (common.load_checkpoint(each / "checkpoint" / f"{name}.pt") for each in (broken, whole))
+        both = (load_checkpoint(each / "checkpoint" / f"{name}.pt") for each in (broken, whole))
         assert_equal(*both)
     for folder in ("masks", "pseudo_masks"):
         ours, theirs = masks(broken / folder), masks(whole / folder)
@@ -206,11 +207,12 @@ def test_a_killed_run_resumes_bit_for_bit(when: str, cache: Path, tmp_path: Path
 
 
 def test_two_processes_learn_the_same_prototypes(finished: Path, cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "protoseg", "train", "vpl"]
     command += [*TINY, "--cache", str(cache), "--output", str(tmp_path), "--batch", "4"]
     done = subprocess.run(command, env={**os.environ, **SETTINGS, "PYTHONWARNINGS": ""}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    alone, both = (common.load_checkpoint(each / "checkpoint" / "prototypes.pt") for each in (finished, tmp_path))
+    alone, both = (load_checkpoint(each / "checkpoint" / "prototypes.pt") for each in (finished, tmp_path))
     torch.testing.assert_close(both["vision"], alone["vision"], rtol=0, atol=1e-3)
     metrics, single = read(tmp_path), read(finished)
     for name in ("text", "text_centered"):  # do not depend on the fit
@@ -228,7 +230,7 @@ def test_two_processes_learn_the_same_prototypes(finished: Path, cache: Path, tm
 )
 def test_flags_that_cannot_work_stop_at_once(flags: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
-        train_vpl.main([*TINY, "--output", str(tmp_path / "none"), *flags])
+        vpl.main([*TINY, "--output", str(tmp_path / "none"), *flags])
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""How ``train_pgseg.py`` scores: zero-shot masks, and what the groups are like."""
+"""How the recipe ``pgseg`` scores: zero-shot masks, and what the groups are like."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import Pictures
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from protoseg.metrics import ConfusionMatrix, ThresholdSweep, prototype_diagnost
 from protoseg.models.pgseg.grouping import StageOutput
 from protoseg.models.pgseg.network import PGSeg
 from protoseg.models.pgseg.zeroshot import Score, group_maps, normalized, segment
+from protoseg.recipes.pictures import Pictures
 from protoseg.report import Picture
 
 

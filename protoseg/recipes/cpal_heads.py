@@ -1,4 +1,4 @@
-"""The networks of ``train_cpal.py``: by ``--head`` how they are built, what they learn from and what they give."""
+"""The networks of the recipe ``cpal``: by ``--head`` how they are built, what they learn from and what they give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags that ``train_cpal.py`` and ``train_vpl.py`` share, and what is wrong with them."""
+"""The flags that the recipes ``cpal`` and ``vpl`` share, and what is wrong with them."""
 
 from __future__ import annotations
 

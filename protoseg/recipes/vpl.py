@@ -1,8 +1,8 @@
 """VPL end to end: from pictures with image-level tags to masks, by a frozen CLIP and prototypes in its vision space.
 
-    python examples/train_vpl.py                                                   # made scenes, two CPU cores, minutes
-    python examples/train_vpl.py --data VOC2012 --clip ViT-B-16 --pretrained openai  # any VOC-layout folder
-    accelerate launch examples/train_vpl.py --data VOC2012 --clip ViT-B-16 --pretrained openai
+    protoseg train vpl                                                   # made scenes, two CPU cores, minutes
+    protoseg train vpl --data VOC2012 --clip ViT-B-16 --pretrained openai  # any VOC-layout folder
+    accelerate launch -m protoseg train vpl --data VOC2012 --clip ViT-B-16 --pretrained openai
 
 Stages: ``prototypes`` learns them from the training pictures' features and tags; ``seeds`` writes and scores the maps
 of Grad-CAM with text prototypes (``text``), with these less their mean (``text_centered``, which any gain has to be
@@ -27,16 +27,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Crops, Pictures, load_checkpoint, open_pictures, save_checkpoint, write_json
-from flags import add_shared, check_counts, check_threshold
-from progress import Plan, Progress
-from pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
-from training import train
-from vpl_stages import MAPS, Prototypes, build_decoder, decoder_losses, learn, picture_maps, score_decoder, texts
 
 from protoseg.clip import FrozenCLIP
 from protoseg.data import Scenes
 from protoseg.functional import load_refiner
+from protoseg.recipes.engine import train
+from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
+from protoseg.recipes.flags import add_shared, check_counts, check_threshold
+from protoseg.recipes.pictures import Crops, Pictures, open_pictures
+from protoseg.recipes.progress import Plan, Progress
+from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
+from protoseg.recipes.vpl_stages import (
+    MAPS,
+    Prototypes,
+    build_decoder,
+    decoder_losses,
+    learn,
+    picture_maps,
+    score_decoder,
+    texts,
+)
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate")
 RSC = ("rsc", "rsc_weight", "rsc_temperature", "rsc_suppression")
@@ -83,7 +93,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="protoseg train vpl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_shared(parser, stages=PLAN.stages, output="runs/vpl", eval_scenes=300)
     parser.add_argument("--shift", choices=("none", "channels"), default="none", help="channels: permute the colors")
     group = parser.add_argument_group("CLIP")
@@ -153,7 +165,7 @@ def open_clip_model(args: argparse.Namespace, accelerator: Accelerator) -> Froze
     if args.clip:
         precision = args.clip_precision
         return FrozenCLIP.load(args.clip, args.pretrained, device=accelerator.device, precision=precision)
-    import small_clip
+    from protoseg.recipes import small_clip
 
     return small_clip.load(args, accelerator)
 

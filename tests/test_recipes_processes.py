@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from protoseg.data import Scenes
-from tests.trainer import SCENES, SCRIPT, SETTINGS, assert_equal, checkpoint, masks, miou, read, run, train_cpal
+from tests.trainer import SCENES, SETTINGS, assert_equal, checkpoint, cpal, masks, miou, read, run
 
 WATCH = """
 import sys
 import torch
-import cpal_stages, train_cpal
+from protoseg.recipes import cpal
 
 out, argv = sys.argv[1], sys.argv[2:]
-real = {"train": train_cpal.train, "seeds": train_cpal.seeds}
+real = {"train": cpal.train, "seeds": cpal.seeds}
 
 def train(name, model, crops, loss_of, epochs, args, accelerator, modules, **options):
     history = real["train"](name, model, crops, loss_of, epochs, args, accelerator, modules, **options)
@@ -33,8 +33,8 @@ def seeds(net, splits, args, accelerator):
     torch.save({"bank": net.bank.state_dict(), "found": found}, f"{out}/seeds-{accelerator.process_index}.pt")
     return found
 
-train_cpal.train, train_cpal.seeds = train, seeds
-train_cpal.main(argv)
+cpal.train, cpal.seeds = train, seeds
+cpal.main(argv)
 """
 
 
@@ -46,7 +46,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     script.write_text(WATCH)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     flags = [*SCENES, "--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1"]
-    environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {**os.environ, **SETTINGS}
     command = [*launch, str(watched), *flags, "--output", str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -84,8 +84,8 @@ def test_two_processes_score_every_picture_once(
     assert pseudo["miou"] == pytest.approx(miou(list(found.values()), truth, 8))
 
     banks = []
-    real = train_cpal.seeds
-    monkeypatch.setattr(train_cpal, "seeds", lambda net, *rest: (real(net, *rest), banks.append(net.bank))[0])
+    real = cpal.seeds
+    monkeypatch.setattr(cpal, "seeds", lambda net, *rest: (real(net, *rest), banks.append(net.bank))[0])
     shutil.copytree(output, tmp_path, dirs_exist_ok=True)
     flags = ("--batch", "4", "--train-scenes", "23", "--eval-scenes", "5", "--bank", "refresh_every=1")
     alone = run(tmp_path, *flags, "--stages", "seeds", "refine", "--overwrite")
@@ -107,7 +107,8 @@ def test_two_processes_score_every_picture_once(
 
 def test_amn_in_two_processes_makes_its_masks_first(tmp_path: Path) -> None:
     """Its first run must not end the processes' group."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    launch += ["-m", "protoseg", "train", "cpal"]
     flags = ["--batch", "4", "--head", "amn", "--first-epochs", "2", "--stages", "classify"]
     command = [*launch, *SCENES, *flags, "--output", str(tmp_path)]
     done = subprocess.run(

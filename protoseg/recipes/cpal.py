@@ -1,10 +1,10 @@
 """CPAL end to end: from pictures with image-level tags to masks and a segmentation network.
 
-    python examples/train_cpal.py                                    # made scenes, two CPU cores, a few minutes
-    python examples/train_cpal.py --data VOC2012                     # any VOC-layout folder, weights from a package
-    python examples/train_cpal.py --data VOC2012 --preset paper-voc  # weights from timm's hub
-    accelerate launch examples/train_cpal.py --data VOC2012 --preset paper-voc
-    python examples/train_cpal.py --head mct                         # the same on another paper's network
+    protoseg train cpal                                    # made scenes, two CPU cores, a few minutes
+    protoseg train cpal --data VOC2012                     # any VOC-layout folder, weights from a package
+    protoseg train cpal --data VOC2012 --preset paper-voc  # weights from timm's hub
+    accelerate launch -m protoseg train cpal --data VOC2012 --preset paper-voc
+    protoseg train cpal --head mct                         # the same on another paper's network
 
 Stages: ``classify`` trains the CAM network, with the bank's loss under ``--method cpal``; ``seeds`` fills the bank with
 the final network and writes and scores the maps ``cam``, ``instance`` and ``pacam``; ``refine`` turns one of them into
@@ -30,23 +30,7 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import (
-    MEAN,
-    STD,
-    Crops,
-    Pictures,
-    keywords,
-    load_checkpoint,
-    open_pictures,
-    write_json,
-)
-from cpal_heads import HEADS, begin, build, colors, encoder, first_masks, first_results, losses
-from cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
-from flags import add_shared, check_counts, check_threshold
-from progress import Plan, Progress
-from pseudo_masks import pseudo_mask, refine, report, true_mask
 from torch import Tensor, nn
-from training import train
 
 from protoseg import ContextPrototypeBank
 from protoseg.data import Sample, load_mask
@@ -54,6 +38,14 @@ from protoseg.functional import load_refiner
 from protoseg.models.backbones import BankFeatures
 from protoseg.models.mct import Fusion
 from protoseg.models.segmentation import build_segmentation_network
+from protoseg.recipes.cpal_heads import HEADS, begin, build, colors, encoder, first_masks, first_results, losses
+from protoseg.recipes.cpal_stages import MAPS, SIDE, Network, score_segmentation, seeds
+from protoseg.recipes.engine import train
+from protoseg.recipes.files import keywords, load_checkpoint, write_json
+from protoseg.recipes.flags import add_shared, check_counts, check_threshold
+from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, open_pictures
+from protoseg.recipes.progress import Plan, Progress
+from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, true_mask
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
 PLAN = Plan(
@@ -133,7 +125,9 @@ HEAD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="protoseg train cpal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_shared(parser, stages=STAGES, output="runs/cpal", eval_scenes=150)
     add = parser.add_argument
     add("--method", choices=("none", "cpal"), default="cpal")

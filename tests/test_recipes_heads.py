@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import cpal_stages
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from torch import Tensor
 from protoseg.data import Scenes
 from protoseg.models.backbones import TimmBackbone
 from protoseg.models.cam import CAMNetwork
-from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run, train_cpal
+from protoseg.recipes import cpal_stages
+from tests.trainer import assert_equal, assert_maps, checkpoint, cpal, findings, main, masks, read, run
 
 AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]
 
@@ -89,6 +89,8 @@ def test_mct(tmp_path: Path, fusion: str) -> None:
 TIMM = ["--backbone", "mobilenetv3_small_050", "--segmentation", "deeplabv3plus:backbone", "--bank-features"]
 
 
+# Networks that hardly learnt have a CAM that shows nothing, of which nothing is stored.
+@pytest.mark.filterwarnings("ignore:.*the bank is empty")
 @pytest.mark.parametrize("flags", [(), ("--head", "mct", "--start", "0"), AMN], ids=["cam", "mct", "amn"])
 def test_backbones_of_timm_in_every_head(tmp_path: Path, flags: Sequence[str]) -> None:
     """With a file of weights, the map before the last, a rate of the head's own, and a segmentation network on it."""
@@ -114,7 +116,7 @@ def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypat
     backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     real = backbone.last_two
     monkeypatch.setattr(backbone, "last_two", lambda images: (seen.append(images), real(images))[1])
-    args = train_cpal.parse(["--size", "50", "--scales", "1", "1.5"])
+    args = cpal.parse(["--size", "50", "--scales", "1", "1.5"])
     sample = Scenes(1)[0]._replace(image=gray)
     cpal_stages.infer(network, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     assert {tuple(each.shape[-2:]) for each in seen} == {(48, 64), (64, 96)}

@@ -1,4 +1,4 @@
-"""The small CLIP of ``train_vpl.py``, where no weights can be had: open_clip's classes, trained in a minute."""
+"""The small CLIP of the recipe ``vpl``, where no weights can be had: open_clip's classes, trained in a minute."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Shuffle, learning_rate, load_checkpoint, save_checkpoint
-from pgseg_data import TagPairs, Views, loader_of
 from timm.models import register_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from protoseg.clip import FrozenCLIP
 from protoseg.data import ScenePairs, Scenes, VOCFolder
+from protoseg.recipes.engine import learning_rate
+from protoseg.recipes.files import load_checkpoint, save_checkpoint
+from protoseg.recipes.pgseg_data import TagPairs, Views, loader_of
+from protoseg.recipes.pictures import Shuffle
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalizes by
 CONTEXT = 32  # most tokens of a caption

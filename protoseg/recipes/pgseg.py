@@ -1,10 +1,10 @@
 """PGSeg end to end: from pictures with sentences to masks for classes that are given by name.
 
-    python examples/train_pgseg.py                                       # made scenes, two CPU cores, minutes
-    python examples/train_pgseg.py --data pairs.csv --eval-data FOLDER   # your pictures, masks to score by
-    python examples/train_pgseg.py --preset vit-s --data "shards/{000000..000331}.tar" --shard-pairs 700000
+    protoseg train pgseg                                       # made scenes, two CPU cores, minutes
+    protoseg train pgseg --data pairs.csv --eval-data FOLDER   # your pictures, masks to score by
+    protoseg train pgseg --preset vit-s --data "shards/{000000..000331}.tar" --shard-pairs 700000
 
-Many processes: ``accelerate launch examples/train_pgseg.py ...`` (torchrun takes ``--npr`` for its own unless two
+Many processes: ``accelerate launch -m protoseg train pgseg ...`` (torchrun takes ``--npr`` for its own unless two
 dashes stand before the script).
 
 ``--data`` is ``scenes``, a CSV with the columns ``path`` and ``caption``, a folder in the layout of PASCAL VOC
@@ -26,28 +26,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import (
-    Pictures,
-    Shuffle,
-    keywords,
-    learning_rate,
-    load_checkpoint,
-    open_pictures,
-    peak_memory_mb,
-    save_checkpoint,
-    to_replace,
-    versions,
-    write_json,
-)
-from pgseg_data import Views, loader_of, nouns_of, open_views
-from pgseg_eval import Setting, diagnose, groups, panels, zero_shot
-from pseudo_masks import trivial
 from tqdm import tqdm
 
 from protoseg.data import Broken
 from protoseg.models.pgseg.network import PRESETS as NETWORKS
 from protoseg.models.pgseg.network import PGSeg, PGSegConfig
 from protoseg.models.pgseg.text import vocabulary
+from protoseg.recipes.engine import learning_rate
+from protoseg.recipes.files import (
+    keywords,
+    load_checkpoint,
+    peak_memory_mb,
+    save_checkpoint,
+    to_replace,
+    versions,
+    write_json,
+)
+from protoseg.recipes.pgseg_data import Views, loader_of, nouns_of, open_views
+from protoseg.recipes.pgseg_eval import Setting, diagnose, groups, panels, zero_shot
+from protoseg.recipes.pictures import Pictures, Shuffle, open_pictures
+from protoseg.recipes.pseudo_masks import trivial
 from protoseg.report import Picture, write_report
 
 # "vit-s" has the sizes, rates, epochs and smallest crop of the published configuration, not its other augmentation.
@@ -68,7 +66,9 @@ PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags and fill what was not given from the preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="protoseg train pgseg", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", default="scenes", help="'scenes', a CSV, a VOC-layout folder, or shards (default: %(default)s)")
     add("--train-split", default="train", help="of a folder")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from common import peak_memory_mb, to_replace, versions, write_json
+
+from protoseg.recipes.files import peak_memory_mb, to_replace, versions, write_json
 
 PAGES = ("config.json", "metrics.json", "report.html")  # which every run writes
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +15,24 @@ import pytest
 import torch
 
 from protoseg.data import Scenes
+from protoseg.recipes.files import save_checkpoint
 from tests.trainer import (
+    COMMAND,
     SCENES,
-    SCRIPT,
     SETTINGS,
     assert_equal,
     checkpoint,
-    common,
+    cpal,
     findings,
     masks,
     pseudo_masks,
     read,
     run,
-    train_cpal,
 )
 
 
 def start(output: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), *SCENES, "--output", str(output), *flags]
+    command = [*COMMAND, *SCENES, "--output", str(output), *flags]
     return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
 
 
@@ -68,13 +67,13 @@ def test_a_killed_run_resumes_bit_for_bit(stage: str, unbroken: Path, tmp_path: 
     assert not (tmp_path / "metrics.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         forward: list[str] = []
-        real = train_cpal.train
+        real = cpal.train
 
         def watched(name: str, *rest: Any, **options: Any) -> Any:
             forward.append(name)
             return real(name, *rest, **options)
 
-        patch.setattr(train_cpal, "train", watched)
+        patch.setattr(cpal, "train", watched)
         metrics = run(tmp_path, *LONG, "--resume")
     assert forward == (["classify", "segment"] if stage == "classify" else ["segment"])
     assert findings(metrics) == findings(read(unbroken))
@@ -112,7 +111,7 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
 
 def test_a_run_of_other_processes_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
-    common.save_checkpoint(tmp_path / "checkpoint" / "classify.pt", {**checkpoint(finished), "processes": 2})
+    save_checkpoint(tmp_path / "checkpoint" / "classify.pt", {**checkpoint(finished), "processes": 2})
     with pytest.raises(SystemExit, match=r"classify.pt is of 2 processes and these are 1.*launch as many as before"):
         run(tmp_path, "--resume", "--stages", "classify")
     assert checkpoint(tmp_path)["processes"] == 2
@@ -131,7 +130,7 @@ def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, t
     assert not (tmp_path / "checkpoint" / "segment.pt").exists()
     expected = {}
     for name in Scenes(24, seed=0, size=48).ids:
-        maps = pseudo_masks.read_seeds(train_cpal.parse(["--output", str(tmp_path)]), name)["cam"]
+        maps = pseudo_masks.read_seeds(cpal.parse(["--output", str(tmp_path)]), name)["cam"]
         scores = torch.nn.functional.interpolate(maps[None].float(), (48, 48), mode="bilinear")[0]
         expected[name] = int((scores.amax(0) >= 0.9).sum())
     found = {name: int((mask > 0).sum()) for name, mask in masks(tmp_path / "pseudo_masks").items()}

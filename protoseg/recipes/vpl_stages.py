@@ -1,4 +1,4 @@
-"""The stages of ``train_vpl.py``: features and prototypes, maps, the decoder with regional contrast, final masks."""
+"""The stages of the recipe ``vpl``: features and prototypes, maps, the decoder with regional contrast, final masks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import Pictures
-from pseudo_masks import enlarge, named, shard
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +19,8 @@ from protoseg.data import Sample, save_mask
 from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
+from protoseg.recipes.pictures import Pictures
+from protoseg.recipes.pseudo_masks import enlarge, named, shard
 
 MAPS = ("text", "text_centered", "vision", "vision_affinity")
 
