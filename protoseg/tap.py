@@ -340,7 +340,7 @@ def attach(
         ...     logits = network(torch.rand(4, 3, 16, 16))
         ...     loss = F.multilabel_soft_margin_loss(logits, labels) + tap.loss(labels)
         ...     loss.backward()
-        >>> bank.count.sum().item() > 0
+        >>> bank.stored.sum().item() > 0
         True
     """
     return Tap(

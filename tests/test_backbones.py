@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import importlib.util
 import io
@@ -118,14 +117,7 @@ def test_strides_there_are(stride: int) -> None:
 
 
 def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "timm":
-            raise ImportError("No module named 'timm'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r'TimmBackbone needs timm; run pip install "protoseg\[timm\]"'):
         TimmBackbone("resnet10t")
     assert SmallResNet(2).channels == 8  # needs none
