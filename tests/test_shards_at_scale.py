@@ -96,7 +96,7 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(pattern: str, tmp_path: 
     environment = {**os.environ, **SETTINGS}
 
     def start(output: Path, *more: str) -> subprocess.Popen[str]:
-        command = launch("-m", "protoseg", "train", "pgseg", *flags, "--output", str(output), *more)
+        command = launch("-m", "--", "protoseg", "train", "pgseg", *flags, "--output", str(output), *more)
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     def finish(process: subprocess.Popen[str]) -> None:

@@ -5,7 +5,7 @@
     protoseg train pgseg --preset vit-s --data "shards/{000000..000331}.tar" --shard-pairs 700000
 
 Many processes: ``accelerate launch -m protoseg train pgseg ...`` (torchrun takes ``--npr`` for its own unless two
-dashes stand before the script).
+dashes stand before ``protoseg``).
 
 ``--data`` is ``scenes``, a CSV with the columns ``path`` and ``caption``, a folder in the layout of PASCAL VOC
 (sentences are made of its tags), or webdataset shards. ``--npr`` says which prototypes regularize the groups: those of
