@@ -59,7 +59,7 @@ learner = protoseg.VisionPrototypeLearner(torch.randn(3, 8)).fit(
 )
 protoseg.RegionalSemanticContrast()(features, torch.rand(2, 3, 6, 6), learner.prototypes, labels).loss.backward()
 network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-with protoseg.tap(network, features="1", cam="4", bank=protoseg.ContextPrototypeBank(3, 8)) as tap:
+with protoseg.attach(network, features="1", cam="4", bank=protoseg.ContextPrototypeBank(3, 8)) as tap:
     network(torch.rand(2, 3, 16, 16))
     tap.loss(labels).backward()
 

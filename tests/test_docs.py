@@ -85,3 +85,22 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_tree_in_the_docs_is_the_codes() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", text, re.DOTALL)
+    assert tree is not None
+    told = {line.split()[0]: {name.strip(",") for name in line.split()[1:]} for line in tree[1].splitlines()}
+
+    package = ROOT / "protoseg"
+    found: dict[str, set[str]] = {}
+    for file in sorted(package.rglob("*.py")):
+        folder = file.parent.relative_to(package).as_posix()
+        if file.name.startswith("__"):
+            continue
+        if folder == ".":
+            found[file.stem] = set()
+        else:
+            found.setdefault(folder, set()).add(file.stem)
+    assert told == found
