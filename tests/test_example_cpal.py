@@ -14,9 +14,9 @@ import pytest
 
 from protoseg.data import Scenes, load_mask
 
-pytest.importorskip("accelerate", reason="the extra examples is not installed")
-pytest.importorskip("segmentation_models_pytorch", reason="the extra examples is not installed")
-pytest.importorskip("torchvision", reason="the extra examples is not installed")
+pytest.importorskip("accelerate", reason="the extra recipes is not installed")
+pytest.importorskip("segmentation_models_pytorch", reason="the extra recipes is not installed")
+pytest.importorskip("torchvision", reason="the extra recipes is not installed")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "cpal.py"
