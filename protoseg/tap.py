@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -266,7 +267,7 @@ class Tap:
                 return self._reshape(tensor)
             side = round((tensor.shape[1] - self._reshape) ** 0.5)
             if side * side == tensor.shape[1] - self._reshape:
-                return tensor[:, self._reshape :].transpose(1, 2).reshape(len(tensor), -1, side, side)
+                return rearrange(tensor[:, self._reshape :], "b (h w) d -> b d h w", h=side)
             raise ValueError(
                 f"attach: {kind} {tuple(tensor.shape)} has no square of patches after {self._reshape} tokens; pass "
                 "as reshape a function from [B, L, D] to [B, D, h, w]"

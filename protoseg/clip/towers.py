@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["ConvNeXtTower", "Grid", "ResNetTower", "Tower", "TransformerTower", "Watched", "tower_of"]
@@ -164,7 +165,7 @@ class TransformerTower(Tower):
         visual = self.visual
         patches = visual.conv1(images)
         grid = (patches.shape[-2], patches.shape[-1])
-        patches = patches.flatten(2).transpose(1, 2)
+        patches = rearrange(patches, "b w y x -> b (y x) w")
 
         token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         known = position(visual.positional_embedding, visual.grid_size, grid)
@@ -174,7 +175,7 @@ class TransformerTower(Tower):
 
     def spatial(self, caught: Tensor, grid: Grid) -> Tensor:
         """See :class:`Tower`."""
-        return caught[:, 1:].transpose(1, 2).reshape(len(caught), -1, *grid)
+        return rearrange(caught[:, 1:], "b (y x) w -> b w y x", y=grid[0], x=grid[1])
 
     def project(self, last: Tensor) -> Tensor:
         """See :class:`Tower`; ``[B, 1 + L, E]``."""
@@ -269,19 +270,19 @@ class ResNetTower(StageTower):
         This is what the attention pool would return, did it attend to that place alone and have no position embedding.
         """
         pool = self.visual.attnpool
-        features: Tensor = pool.c_proj(pool.v_proj(last.movedim(1, -1)))
-        return features.movedim(-1, 1)
+        features: Tensor = pool.c_proj(pool.v_proj(rearrange(last, "b w y x -> b y x w")))
+        return rearrange(features, "b y x e -> b e y x")
 
     def pooled(self, last: Tensor) -> Tensor:
         """See :class:`Tower`: what the mean of the last map attends to."""
         pool = self.visual.attnpool
         side = math.isqrt(len(pool.positional_embedding) - 1)
-        places = last.flatten(2).transpose(1, 2)
+        places = rearrange(last, "b w y x -> b (y x) w")
         known = position(pool.positional_embedding, (side, side), (last.shape[-2], last.shape[-1]))
         tokens = torch.cat([places.mean(1, keepdim=True), places], 1) + known.to(last.dtype)
 
         q, k, v = (
-            each.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+            rearrange(each, "b l (heads d) -> b heads l d", heads=pool.num_heads)
             for each in (pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens))
         )
         whole: Tensor = pool.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
@@ -325,9 +326,9 @@ class ConvNeXtTower(StageTower):
 
         This is the embedding of a picture that looks everywhere as it looks there.
         """
-        batch, channels, height, width = last.shape
-        cells = last.movedim(1, -1).reshape(-1, channels, 1, 1)
-        return self.pooled(cells).reshape(batch, height, width, -1).movedim(-1, 1)
+        batch, _, height, _ = last.shape
+        cells = rearrange(last, "b w y x -> (b y x) w 1 1")
+        return rearrange(self.pooled(cells), "(b y x) e -> b e y x", b=batch, y=height)
 
     def pooled(self, last: Tensor) -> Tensor:
         """See :class:`Tower`."""
@@ -368,7 +369,7 @@ def attention(module: nn.Module, tokens: Tensor) -> Tensor:
     dim, heads = module.embed_dim, module.num_heads
     weight, bias = module.in_proj_weight[: 2 * dim], module.in_proj_bias[: 2 * dim]
     q, k = F.linear(tokens, weight, bias).float().chunk(2, -1)
-    q, k = (each.reshape(*each.shape[:2], heads, -1).transpose(1, 2) for each in (q, k))
+    q, k = (rearrange(each, "b l (heads d) -> b heads l d", heads=heads) for each in (q, k))
 
     total = tokens.new_zeros(len(tokens), tokens.shape[1], tokens.shape[1], dtype=torch.float32)
     for head in range(heads):  # one at a time: all of them at 512 px are a gigabyte

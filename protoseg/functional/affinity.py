@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.utils import checks
@@ -76,7 +77,8 @@ def refine_by_affinity(maps: Tensor, affinity: Tensor, box_threshold: float = 0.
     checks.unit_interval("refine_by_affinity", "box_threshold", box_threshold)
     kept = full_precision(maps) * _boxes(maps, box_threshold)
     with no_autocast(maps.device):
-        return (affinity.to(kept) @ kept.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape)
+        spread = affinity.to(kept) @ rearrange(kept, "b c h w -> b (h w) c")
+        return rearrange(spread, "b (h w) c -> b c h w", h=height)
 
 
 def _boxes(maps: Tensor, threshold: float) -> Tensor:
@@ -114,6 +116,6 @@ def feature_attention(features: Tensor, temperature: float = 0.1) -> Tensor:
     """
     checks.shape("feature_attention", "features", features, ("B", "E", "h", "w"))
     checks.positive("feature_attention", "temperature", temperature)
-    places = unit(full_precision(features).flatten(2).transpose(1, 2))
+    places = unit(rearrange(full_precision(features), "b e h w -> b (h w) e"))
     with no_autocast(features.device):
         return (places @ places.transpose(1, 2) / temperature).softmax(-1)

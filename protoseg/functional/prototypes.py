@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.utils import checks
@@ -51,7 +52,7 @@ def masked_average_pooling(features: Tensor, masks: Tensor) -> tuple[Tensor, Ten
         features = full_precision(features)
         weights = masks.to(features.dtype)
         total = weights.sum(dim=(-2, -1))
-        summed = weights.flatten(2) @ features.flatten(2).transpose(1, 2)
+        summed = rearrange(weights, "b n h w -> b n (h w)") @ rearrange(features, "b d h w -> b (h w) d")
         # Of an empty mask the sum is 0, and must not be divided by next to nothing: that would be its gradient's scale.
         size = torch.where(total > 0, total, torch.ones_like(total))
         return summed / size.unsqueeze(-1), total > 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.utils import checks
@@ -76,7 +77,7 @@ class FrozenDecoder(nn.Module):
             raise ValueError(f"FrozenDecoder: expected the features of {len(self.enter)} layers, got {len(maps)}")
         for place, each in enumerate(maps):
             checks.shape("FrozenDecoder", f"maps[{place}]", each, ("B", self.widths[place], "h", "w"))
-        tokens = [_resized(each, maps[0].shape[-2:]).flatten(2).transpose(1, 2) for each in maps]
+        tokens = [rearrange(_resized(each, maps[0].shape[-2:]), "b d h w -> b (h w) d") for each in maps]
         fused = self.fuse(torch.cat([enter(each) for enter, each in zip(self.enter, tokens, strict=True)], -1))
         mixed = fused
         for block in self.blocks:
@@ -85,7 +86,7 @@ class FrozenDecoder(nn.Module):
         grid = maps[0].shape[-2:]
 
         def grown(value: Tensor) -> Tensor:
-            return value.transpose(1, 2).reshape(len(value), -1, *grid)
+            return rearrange(value, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
 
         affinity = fused @ fused.transpose(1, 2) * fused.shape[-1] ** -0.5
         return Decoded(grown(self.classify(mixed)), grown(self.project(mixed)), affinity)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.models.backbones import Backbone, BankFeatures
@@ -280,13 +281,13 @@ class MCTNetwork(nn.Module):
             patches = self.backbone(images)
         classes = len(self.class_tokens)
         own = self.class_tokens.to(patches.dtype).expand(len(patches), -1, -1)
-        tokens = torch.cat([own, patches.flatten(2).transpose(1, 2)], 1)
+        tokens = torch.cat([own, rearrange(patches, "b d h w -> b (h w) d")], 1)
         attentions, behind = [], []
         for block in self.backbone.blocks:
             attentions.append(_attention(block, tokens))
             tokens = block(tokens)
             behind.append(tokens[:, :classes])
-        last = tokens[:, classes:].transpose(1, 2).reshape_as(patches)
+        last = rearrange(tokens[:, classes:], "b (h w) d -> b d h w", h=patches.shape[-2])
         patch_cam = self.head(last)
         attention = torch.stack([each[:, :classes, classes:] for each in attentions[-self.attentions :]]).mean(0)
         attention = attention.reshape_as(patch_cam).to(patch_cam.dtype)
@@ -341,7 +342,8 @@ def class_token_contrast(tokens: Tensor, labels: Tensor) -> Tensor:
 def _attention(block: Any, tokens: Tensor) -> Tensor:
     """Mean over the heads of what a block's attention is about to be, ``[B, L, L]``, which its fused form keeps."""
     attend = block.attn
-    q, k, _ = attend.qkv(block.norm1(tokens)).unflatten(-1, (3, attend.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    qkv = attend.qkv(block.norm1(tokens))
+    q, k, _ = rearrange(qkv, "b l (three heads d) -> three b heads l d", three=3, heads=attend.num_heads)
     q, k = attend.q_norm(q), attend.k_norm(k)
     mean: Tensor = ((q * attend.scale) @ k.transpose(-2, -1)).softmax(-1).mean(1)
     return mean

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.models.pgseg.units import AttentionUnit, Grouping, SlotUnit, TokenMixer
@@ -238,8 +239,8 @@ class GroupingEncoder(nn.Module):
                 "resize or pad"
             )
         grid = self.stem(images)
-        tokens = self.norm_stem(grid.flatten(2).transpose(1, 2))
-        tokens = tokens + self._position(grid.shape[-2:]).flatten(2).transpose(1, 2)
+        tokens = self.norm_stem(rearrange(grid, "b d h w -> b (h w) d"))
+        tokens = tokens + rearrange(self._position(grid.shape[-2:]), "b d h w -> b (h w) d")
         stages: list[StageOutput] = []
         for stage in self.stages:
             stages.append(stage(tokens, stages[-1].group_tokens if stages else None))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
@@ -60,8 +61,8 @@ class CrossBlock(nn.Module):
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """Return the updated queries."""
         pairs = ((self.query, queries), (self.key, tokens), (self.value, tokens))
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer, x in pairs)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = (rearrange(layer(x), "b l (heads d) -> b heads l d", heads=self.heads) for layer, x in pairs)
+        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads l d -> b l (heads d)")
         queries = queries + self.project(seen)
         queries = queries + self.mlp(self.norm_mlp(queries))
         out: Tensor = self.norm_out(queries)
