@@ -32,6 +32,7 @@ from tqdm import tqdm
 from protoseg import ContextPrototypeBank
 from protoseg.metrics import RegionContrast, ThresholdSweep
 from protoseg.recipes.cpal_heads import build
+from protoseg.recipes.cpal_options import parse
 from protoseg.recipes.cpal_stages import infer
 from protoseg.recipes.files import keywords, load_checkpoint
 from protoseg.recipes.pictures import open_pictures
@@ -107,9 +108,11 @@ class Seen(NamedTuple):
 
 def look(folder: Path, split: str, size: int = 16) -> list[Seen]:
     """Run the network of a trained run once over the pictures of a split; shuffled batches of pictures of one size."""
-    config = argparse.Namespace(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = parse(["--config", str(folder / "config.json")])
     accelerator = Accelerator(cpu=config.device == "cpu")
-    data, name = (config.data, config.train_split) if split == "train" else (config.eval_data, config.eval_split)
+    data, name = (
+        (config.data, config.train_split) if split == "train" else (config.eval_data or config.data, config.eval_split)
+    )
     pictures = open_pictures(data, name, config)
     cam = build(config, len(pictures.classes)).to(accelerator.device).eval()
     cam.load_state_dict(load_checkpoint(folder / "checkpoint" / "classify.pt")["model"])

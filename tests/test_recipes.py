@@ -19,6 +19,7 @@ from PIL import Image
 from protoseg.data import Scenes, voc_palette
 from protoseg.models.backbones import SmallResNet
 from protoseg.models.cam import CAMNetwork
+from protoseg.recipes import cpal_options
 from protoseg.recipes.engine import learning_rate, parameter_groups
 from protoseg.recipes.files import keywords, write_json
 from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, Shuffle
@@ -28,7 +29,6 @@ from tests.trainer import (
     assert_equal,
     assert_maps,
     checkpoint,
-    cpal,
     findings,
     main,
     masks,
@@ -101,7 +101,7 @@ def test_the_report_and_the_settings_are_there(finished: Path) -> None:
     assert all(f"{name} loss" in page for name in ("classify", "self", "segment"))
     config = read(finished, "config.json")
     assert config["backbone"] == "small:8"
-    assert config["lr"] == cpal.PRESETS["scenes"]["lr"]
+    assert config["lr"] == cpal_options.PRESETS["scenes"]["lr"]
     assert not [path for path in finished.rglob(".*") if path.is_file()]  # no half-written file is left
 
 
@@ -119,7 +119,7 @@ def test_another_seed_finds_something_else(finished: Path, tmp_path: Path) -> No
 
 def test_one_stage_after_another_is_as_all_in_one_go(finished: Path, tmp_path: Path) -> None:
     seconds = [0.0]
-    for stage in cpal.STAGES:
+    for stage in cpal_options.STAGES:
         metrics = run(tmp_path, "--stages", stage)
         seconds.append(metrics["seconds"])
     assert findings(metrics) == findings(read(finished))
@@ -191,7 +191,7 @@ def test_order_and_crops_depend_on_seed_epoch_and_picture_only() -> None:
 
 def test_crops_can_go_to_a_process_that_reads() -> None:
     """Also one that is not a fork, to which the data set is pickled."""
-    args = cpal.parse([])
+    args = cpal_options.parse([])
     masks_of = (partial(pseudo_masks.pseudo_mask, args=args), pseudo_masks.true_mask)
     for crops in (Crops(Pictures(Scenes(2, size=32)), 32, seed=0, masks=each) for each in masks_of):
         again = pickle.loads(pickle.dumps(crops))
@@ -263,29 +263,29 @@ def test_bank_arguments_are_read_by_their_form() -> None:
     assert [type(value) for value in found.values()] == [int, float, bool, str, bool]
 
 
-@pytest.mark.parametrize("preset", list(cpal.PRESETS))
+@pytest.mark.parametrize("preset", list(cpal_options.PRESETS))
 def test_presets_fill_what_is_not_given(preset: str) -> None:
-    args = cpal.parse(["--preset", preset, "--lr", "0.5"])
+    args = cpal_options.parse(["--preset", preset, "--lr", "0.5"])
     assert args.lr == 0.5
-    for name, value in cpal.PRESETS[preset].items():
+    for name, value in cpal_options.PRESETS[preset].items():
         assert getattr(args, name) == (0.5 if name == "lr" else value)
     assert args.scales[0] == 1  # the grid of the maps
     assert None not in (args.stride, args.bank_features, args.head_lr, args.crop, args.segmentation_epochs)
 
 
 def test_the_preset_fits_the_data_and_the_weights_the_preset() -> None:
-    assert cpal.parse([]).preset == "scenes"
+    assert cpal_options.parse([]).preset == "scenes"
     folder = ["--data", "folder"]
-    args = cpal.parse(folder)
+    args = cpal_options.parse(folder)
     assert (args.preset, args.backbone, args.weights) == (
         *("pretrained", "tf_efficientnet_lite0", "package:efficientnet-lite0"),
     )
-    assert cpal.parse([*folder, "--weights", "none"]).weights is None
-    assert cpal.parse([*folder, "--preset", "scratch"]).weights is None
-    assert cpal.parse([*folder, "--preset", "paper-voc"]).weights == "timm"
+    assert cpal_options.parse([*folder, "--weights", "none"]).weights is None
+    assert cpal_options.parse([*folder, "--preset", "scratch"]).weights is None
+    assert cpal_options.parse([*folder, "--preset", "paper-voc"]).weights == "timm"
     # AMN's are those of its first run, unless it is given masks and so has none.
-    assert cpal.parse([*folder, "--head", "amn"]).weights is None
-    assert cpal.parse([*folder, "--head", "amn", "--masks", "x"]).weights == "package:efficientnet-lite0"
+    assert cpal_options.parse([*folder, "--head", "amn"]).weights is None
+    assert cpal_options.parse([*folder, "--head", "amn", "--masks", "x"]).weights == "package:efficientnet-lite0"
 
 
 def test_the_head_can_learn_faster_than_the_backbone() -> None:

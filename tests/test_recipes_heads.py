@@ -13,8 +13,8 @@ from torch import Tensor
 from protoseg.data import Scenes
 from protoseg.models.backbones import TimmBackbone
 from protoseg.models.cam import CAMNetwork
-from protoseg.recipes import cpal_stages
-from tests.trainer import assert_equal, assert_maps, checkpoint, cpal, findings, main, masks, read, run
+from protoseg.recipes import cpal_options, cpal_stages
+from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run
 
 AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]
 
@@ -116,7 +116,7 @@ def test_pictures_are_given_as_the_backbone_wants_them(tmp_path: Path, monkeypat
     backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     real = backbone.last_two
     monkeypatch.setattr(backbone, "last_two", lambda images: (seen.append(images), real(images))[1])
-    args = cpal.parse(["--size", "50", "--scales", "1", "1.5"])
+    args = cpal_options.parse(["--size", "50", "--scales", "1", "1.5"])
     sample = Scenes(1)[0]._replace(image=gray)
     cpal_stages.infer(network, sample, args, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     assert {tuple(each.shape[-2:]) for each in seen} == {(48, 64), (64, 96)}

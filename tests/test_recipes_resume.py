@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from protoseg.data import Scenes
+from protoseg.recipes import cpal_options
 from protoseg.recipes.files import save_checkpoint
 from tests.trainer import (
     COMMAND,
@@ -130,7 +131,7 @@ def test_later_stages_can_be_run_again_with_flags_of_their_own(finished: Path, t
     assert not (tmp_path / "checkpoint" / "segment.pt").exists()
     expected = {}
     for name in Scenes(24, seed=0, size=48).ids:
-        maps = pseudo_masks.read_seeds(cpal.parse(["--output", str(tmp_path)]), name)["cam"]
+        maps = pseudo_masks.read_seeds(cpal_options.parse(["--output", str(tmp_path)]), name)["cam"]
         scores = torch.nn.functional.interpolate(maps[None].float(), (48, 48), mode="bilinear")[0]
         expected[name] = int((scores.amax(0) >= 0.9).sum())
     found = {name: int((mask > 0).sum()) for name, mask in masks(tmp_path / "pseudo_masks").items()}

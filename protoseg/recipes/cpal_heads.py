@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,23 @@ from protoseg.models.mct import (
     class_token_contrast,
     is_plain_transformer,
 )
+from protoseg.recipes.cpal_options import CPALOptions, first_results
 
 HEADS = ("cam", "amn", "mct")
 HYBRID = 192  # channels of the transformer blocks behind convolutions of timm
 Head = CAMNetwork | AMNNetwork | MCTNetwork
 
 
-def build(args: argparse.Namespace, num_classes: int) -> Head:
+def build(args: CPALOptions, num_classes: int) -> Head:
     """Make the network that ``--head`` and ``--backbone`` name, with random weights."""
     small = args.backbone.partition(":")[0] == "small"
     if args.head == "mct" and not small and is_plain_transformer(args.backbone):
         transformer = TimmTransformer(args.backbone)
         return MCTNetwork(transformer, num_classes, fusion=args.fusion, bank_features=args.bank_features)
 
-    options = {"stride": args.stride, "bank_features": args.bank_features}
-    network = build_cam_network(args.backbone, num_classes, prior=args.prior, **options)
+    network = build_cam_network(
+        args.backbone, num_classes, prior=args.prior, stride=args.stride, bank_features=args.bank_features
+    )
     if args.head == "mct":
         hybrid = Hybrid(network.backbone, None if small else HYBRID)
         return MCTNetwork(hybrid, num_classes, fusion=args.fusion, bank_features=args.bank_features)
@@ -74,7 +75,7 @@ def colors(network: Head) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def losses(network: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+def losses(network: nn.Module, batch: dict[str, Tensor], args: CPALOptions) -> tuple[Any, dict[str, Tensor]]:
     """Run a batch: the network's output, and the losses that it learns from without a bank."""
     images, labels = batch["images"], batch["labels"]
     if args.head == "amn":
@@ -103,7 +104,7 @@ def reader(network: Head, labels: Tensor, affinity: bool) -> Callable[[Tensor], 
     return run
 
 
-def first_masks(args: argparse.Namespace, argv: Sequence[str], run: Callable[[Sequence[str]], object]) -> None:
+def first_masks(args: CPALOptions, argv: Sequence[str], run: Callable[[Sequence[str]], object]) -> None:
     """Where ``--head amn`` is given no masks to learn from, make them by ``--head cam`` in the folder ``first``.
 
     Without ``--weights`` the backbone of that run is then the beginning of this one.
@@ -116,8 +117,3 @@ def first_masks(args: argparse.Namespace, argv: Sequence[str], run: Callable[[Se
         results = first_results(first)
         args.masks = results["masks"]
         args.weights = args.weights or results["weights"]
-
-
-def first_results(folder: Path) -> dict[str, Any]:
-    """``masks`` and ``weights`` that AMN's first run leaves in its folder."""
-    return {"masks": folder / "pseudo_masks", "weights": str(folder / "checkpoint" / "classify.pt")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from protoseg.data import Sample
 from protoseg.functional import max_normalize, multi_scale, prototype_cam
 from protoseg.metrics import ConfusionMatrix
 from protoseg.recipes.cpal_heads import Head, colors, reader
+from protoseg.recipes.cpal_options import CPALOptions
 from protoseg.recipes.pictures import MEAN, STD, Pictures, scaled_image, seeded
 from protoseg.recipes.pseudo_masks import enlarge, named, score_maps, shard
 
@@ -31,7 +31,7 @@ class Network(NamedTuple):
     bank: ContextPrototypeBank
 
 
-def infer(network: Head, sample: Sample, args: argparse.Namespace, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+def infer(network: Head, sample: Sample, args: CPALOptions, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Features ``[1, D, h, w]`` and raw CAM ``[1, C, h, w]``, over scales and mirrored: the same for every map."""
     multiple = network.backbone.multiple
     mean, std = colors(network)
@@ -70,7 +70,7 @@ class Views:
         known: Features and CAM by the names of the pictures that are kept.
     """
 
-    def __init__(self, network: Head, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    def __init__(self, network: Head, pictures: Pictures, args: CPALOptions, accelerator: Accelerator) -> None:
         self.network, self.pictures, self.args, self.accelerator = network, pictures, args, accelerator
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.room = KEPT
@@ -98,7 +98,7 @@ class Views:
 
 @torch.no_grad()
 def seeds(
-    net: Network, splits: Mapping[str, Pictures], args: argparse.Namespace, accelerator: Accelerator
+    net: Network, splits: Mapping[str, Pictures], args: CPALOptions, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
@@ -119,7 +119,7 @@ def seeds(
 def score_segmentation(
     model: nn.Module,
     test: Pictures,
-    args: argparse.Namespace,
+    args: CPALOptions,
     accelerator: Accelerator,
     mean: Tensor = MEAN,
     std: Tensor = STD,

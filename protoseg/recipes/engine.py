@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from protoseg.recipes.files import load_checkpoint, save_checkpoint
+from protoseg.recipes.options import MaskOptions
 from protoseg.recipes.pictures import Crops, Shuffle
 
 Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
@@ -26,7 +26,7 @@ def train(
     crops: Crops,
     loss_of: Losses,
     epochs: int,
-    args: argparse.Namespace,
+    args: MaskOptions,
     accelerator: Accelerator,
     modules: Mapping[str, nn.Module],
     *,

@@ -14,7 +14,6 @@ image tokens, of words, both, or none. ``--resume`` goes on with a stopped run a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -42,91 +41,20 @@ from protoseg.recipes.files import (
     versions,
     write_json,
 )
+from protoseg.recipes.options import plain
 from protoseg.recipes.pgseg_data import Views, loader_of, nouns_of, open_views
 from protoseg.recipes.pgseg_eval import Setting, diagnose, groups, panels, zero_shot
+from protoseg.recipes.pgseg_options import PGSegOptions, parse
 from protoseg.recipes.pictures import Pictures, Shuffle, open_pictures
 from protoseg.recipes.pseudo_masks import trivial
 from protoseg.report import Picture, write_report
 
-# "vit-s" has the sizes, rates, epochs and smallest crop of the published configuration, not its other augmentation.
-# "tiny" was chosen on made scenes.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "epochs": 6, "batch": 32, "lr": 1e-3, "final_lr": 0.0, "warmup": 0.05, "smallest_crop": 1.0, "size": 64,
-        "weight_nouns": 1.0, "score": "cosine",
-    },
-    "vit-s": {
-        "epochs": 30, "batch": 256, "lr": 1e-4, "final_lr": 0.1, "warmup": 1 / 3, "smallest_crop": 0.08, "size": 224,
-        "weight_nouns": 0.0, "score": "softmax",
-    },
-}  # fmt: skip
-FREE = ("output", "resume", "overwrite", "device", "workers", "eval_every")  # may change when a run is resumed
+# May change when a run is resumed.
+FREE = ("config", "output", "resume", "overwrite", "device", "workers", "eval_every")
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate", "webdataset")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the flags and fill what was not given from the preset."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg train pgseg", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", default="scenes", help="'scenes', a CSV, a VOC-layout folder, or shards (default: %(default)s)")
-    add("--train-split", default="train", help="of a folder")
-    add("--shard-pairs", type=int, help="pairs of an epoch on each process, with shards")
-    add("--eval-data", help="'scenes' or a VOC-layout folder with masks (default: --data where it is one of these)")
-    add("--eval-split", default="val")
-    add("--tune-split", help="pictures to choose the threshold on (default: tune for scenes, else train)")
-    add("--tags", choices=("auto", "csv", "xml", "masks"), default="auto")
-    add("--mask-dir", default="SegmentationClass")
-    add("--skip-broken", action="store_true", help="leave out evaluation pictures that cannot be read")
-    add("--preset", choices=tuple(PRESETS), default="tiny")
-    add("--npr", choices=("none", "image", "text", "both"), default="both")
-    add("--npr-options", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of GMMPrototypeRegularizer")
-    add("--npr-start", type=float, default=0.0, help="share of the epochs before the regularizers count")
-    add("--weight-image", type=float, default=0.1, help="of the regularizers on image tokens")
-    add("--weight-text", type=float, default=0.01, help="of the regularizer on words")
-    add("--weight-nouns", type=float, help="of the contrast of single nouns; 0 leaves it out")
-    add(
-        "--nouns",
-        nargs="*",
-        default=[],
-        help="words of the captions that count, with tiny (default: all but stop words; for scenes the nouns)",
-    )
-    add("--background", nargs="*", default=[], help="names that count as background in zero-shot masks")
-    add("--score", choices=("softmax", "cosine"), help="what groups are scored with in zero-shot masks")
-    add("--output", type=Path, default=Path("runs/pgseg"))
-    add("--resume", action="store_true", help="continue the run in --output where it stopped")
-    add("--overwrite", action="store_true", help="delete the results of the run in --output and start anew")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, or whatever accelerate finds; 'cpu' forces the CPU")
-    add("--precision", choices=("no", "fp16", "bf16"), default="no")
-    add("--workers", type=int, default=0, help="processes that read pictures")
-    add("--train-scenes", type=int, default=8000)
-    add("--eval-scenes", type=int, default=300)
-    add("--size", type=int, help="side of the training pictures in pixels")
-    add("--network", nargs="*", default=[], metavar="NAME=VALUE", help="fields of PGSegConfig and ImageConfig")
-    add("--smallest-crop", type=float, help="smallest share of a picture's area in a view")
-    add("--epochs", type=int)
-    add("--batch", type=int, help="per process")
-    add("--lr", type=float)
-    add("--final-lr", type=float, help="share of --lr at the end of the cosine")
-    add("--warmup", type=float, help="share of the steps with a rising rate")
-    add("--clip-grad", type=float, default=5.0, help="largest norm of the gradient")
-    add("--eval-every", type=int, default=0, help="epochs between evaluations; 0: at the end only")
-    args = parser.parse_args(argv)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.eval_data is None and (args.data == "scenes" or Path(args.data).is_dir()):
-        args.eval_data = args.data
-    args.tune_split = args.tune_split or ("tune" if args.eval_data == "scenes" else "train")
-    for name in ("epochs", "batch", "size", "train_scenes", "eval_scenes"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    return args
-
-
-def configure(args: argparse.Namespace, words: tuple[str, ...]) -> PGSegConfig:
+def configure(args: PGSegOptions, words: tuple[str, ...]) -> PGSegConfig:
     """Set up the network's sizes from preset and flags."""
     config = NETWORKS[args.preset]
     changes: tuple[dict[str, Any], dict[str, Any]] = {}, {}
@@ -150,12 +78,12 @@ def configure(args: argparse.Namespace, words: tuple[str, ...]) -> PGSegConfig:
     return dataclasses.replace(config, image=image, **{**sizes, **changes[0]})
 
 
-def _options(preset: Any, args: argparse.Namespace, source: str) -> dict[str, Any] | None:
+def _options(preset: Any, args: PGSegOptions, source: str) -> dict[str, Any] | None:
     """The regularizer's options, or None where ``--npr`` leaves it out."""
     return {**preset, **keywords("--npr-options", args.npr_options)} if args.npr in (source, "both") else None
 
 
-def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accelerator, evaluate: Any) -> list[Any]:
+def train(model: PGSeg, views: Any, args: PGSegOptions, accelerator: Accelerator, evaluate: Any) -> list[Any]:
     """Train and save after each epoch; returns the history, an entry per epoch."""
     shuffle = Shuffle(len(views), args.seed) if isinstance(views, Views) else None
     loader = loader_of(views, args.batch, args.workers, shuffle)
@@ -214,10 +142,10 @@ def train(model: PGSeg, views: Any, args: argparse.Namespace, accelerator: Accel
     return history
 
 
-def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def prepare_output(args: PGSegOptions, accelerator: Accelerator) -> None:
     """Make the folder; refuse to resume a run of other flags, or to take an older run's place unasked."""
     path = args.output / "config.json"
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config = plain(args)
     if args.resume and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in config if key not in FREE and before.get(key) != config[key]]
@@ -237,7 +165,7 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, score and write ``metrics.json``, ``report.html`` and ``checkpoint/``; returns the metrics."""
     began = time.monotonic()
-    args = parse(argv)
+    args = parse(argv, __doc__)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
     prepare_output(args, accelerator)
     set_seed(args.seed)
@@ -285,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return metrics
 
 
-def show(
-    model: PGSeg, metrics: dict[str, Any], curve: Any, pictures: Sequence[Pictures], args: argparse.Namespace
-) -> None:
+def show(model: PGSeg, metrics: dict[str, Any], curve: Any, pictures: Sequence[Pictures], args: PGSegOptions) -> None:
     """Write ``report.html``."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for epoch, entry in enumerate(metrics["history"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
+from protoseg.recipes.pgseg_options import PGSegOptions
 from protoseg.recipes.pictures import normalize, resize, seeded
 
 View = tuple[Tensor, str]
@@ -81,7 +81,7 @@ class Views(Dataset[View]):
         return [self.pair(index).caption for index in range(len(self))]
 
 
-def open_views(args: argparse.Namespace, report: Path) -> Views | ShardPairs[View]:
+def open_views(args: PGSegOptions, report: Path) -> Views | ShardPairs[View]:
     """Open what ``--data`` names: ``scenes``, a CSV, a VOC-layout folder, or webdataset shards."""
     data = str(args.data)
     if data == "scenes":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from protoseg.data import Sample, Scenes, UnreadableFileError, VOCFolder
+from protoseg.recipes.options import RunOptions
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -72,7 +72,7 @@ class Pictures(Dataset[Sample]):
         return [self.source.ids[index] for index in self.indices]
 
 
-def open_pictures(data: str, split: str, args: argparse.Namespace) -> Pictures:
+def open_pictures(data: str, split: str, args: RunOptions) -> Pictures:
     """Open made scenes or a VOC-layout folder.
 
     Args:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
 from protoseg.recipes.files import peak_memory_mb, to_replace, versions, write_json
+from protoseg.recipes.options import MaskOptions, plain
 
 PAGES = ("config.json", "metrics.json", "report.html")  # which every run writes
 
@@ -53,11 +52,11 @@ class Progress:
         found: Results by name.
     """
 
-    def __init__(self, plan: Plan, args: argparse.Namespace, accelerator: Accelerator, began: float) -> None:
+    def __init__(self, plan: Plan, args: MaskOptions, accelerator: Accelerator, began: float) -> None:
         self.plan, self.args, self.accelerator, self.began = plan, args, accelerator, began
         self.path = args.output / "checkpoint" / "progress.json"
         self.found: dict[str, Any] = {"stages": {}}
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        config = plain(args)
         first = min(map(plan.stages.index, args.stages))
         anew = () if args.resume else plan.stages[first:]
         known = self.path.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from protoseg.data import Sample, load_mask, save_mask
 from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
+from protoseg.recipes.options import MaskOptions
 from protoseg.recipes.pictures import Pictures
 from protoseg.report import Picture, write_report
 from protoseg.utils.files import replacing
@@ -35,7 +35,7 @@ def score_maps(
     splits: Mapping[str, Pictures],
     maps_of: Callable[[Sample], tuple[Mapping[str, Tensor], Tensor]],
     names: Sequence[str],
-    args: argparse.Namespace,
+    args: MaskOptions,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write each training picture's maps and score those in ``names`` at every threshold, in one pass over a split.
@@ -102,18 +102,18 @@ def enlarge(maps: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(maps[None].float(), image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
 
 
-def seed_path(args: argparse.Namespace, name: str) -> Path:
+def seed_path(args: MaskOptions, name: str) -> Path:
     """File of a training picture's maps."""
     return Path(args.output) / "seeds" / f"{name}.npz"
 
 
-def read_seeds(args: argparse.Namespace, name: str) -> dict[str, Tensor]:
+def read_seeds(args: MaskOptions, name: str) -> dict[str, Tensor]:
     """Read a training picture's maps."""
     with np.load(seed_path(args, name), allow_pickle=False) as stored:
         return {key: torch.from_numpy(stored[key]) for key in stored.files}
 
 
-def seed_threshold(maps: Mapping[str, Any], args: argparse.Namespace) -> float:
+def seed_threshold(maps: Mapping[str, Any], args: MaskOptions) -> float:
     """The threshold of the pseudo masks, as ``--threshold`` says."""
     entry = maps["train"][args.seed_map]
     if args.threshold == "otsu":
@@ -126,9 +126,7 @@ def seed_threshold(maps: Mapping[str, Any], args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def refine(
-    pictures: Pictures, found: Mapping[str, Any], args: argparse.Namespace, accelerator: Accelerator
-) -> dict[str, Any]:
+def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Refine the seeds by the pictures' colors, write the pseudo masks and score them where there are masks."""
     refiner, threshold = load_refiner(args.refine), seed_threshold(found["maps"], args)
     confusion = ConfusionMatrix(len(pictures.classes))
@@ -170,12 +168,12 @@ def named(confusion: ConfusionMatrix, classes: tuple[str, ...]) -> dict[str, Any
     return {"miou": miou, "per_class": dict(zip(("background", *classes), per_class.tolist(), strict=True))}
 
 
-def mask_path(args: argparse.Namespace, name: str) -> Path:
+def mask_path(args: MaskOptions, name: str) -> Path:
     """File of a training picture's pseudo mask."""
     return Path(args.output) / "pseudo_masks" / f"{name}.png"
 
 
-def pseudo_mask(sample: Sample, args: argparse.Namespace) -> Tensor:
+def pseudo_mask(sample: Sample, args: MaskOptions) -> Tensor:
     """Read a training picture's pseudo mask."""
     return load_mask(mask_path(args, sample.id), len(sample.labels))
 
@@ -186,7 +184,7 @@ def true_mask(sample: Sample) -> Tensor:
 
 
 def report(
-    title: str, metrics: Mapping[str, Any], found: Mapping[str, Any], pictures: Pictures, args: argparse.Namespace
+    title: str, metrics: Mapping[str, Any], found: Mapping[str, Any], pictures: Pictures, args: MaskOptions
 ) -> None:
     """Write ``report.html``."""
     history: dict[str, list[tuple[float, float]]] = {}
@@ -206,7 +204,7 @@ def report(
     )
 
 
-def _shown(found: Mapping[str, Any], pictures: Pictures, args: argparse.Namespace) -> Iterator[Picture]:
+def _shown(found: Mapping[str, Any], pictures: Pictures, args: MaskOptions) -> Iterator[Picture]:
     """The best and the worst pictures by their pseudo masks, or the first ones, with every map."""
     if "seeds" not in found["stages"]:
         return

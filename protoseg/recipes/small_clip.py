@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -26,6 +25,7 @@ from protoseg.recipes.engine import learning_rate
 from protoseg.recipes.files import load_checkpoint, save_checkpoint
 from protoseg.recipes.pgseg_data import TagPairs, Views, loader_of
 from protoseg.recipes.pictures import Shuffle
+from protoseg.recipes.vpl_options import VPLOptions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalizes by
 CONTEXT = 32  # most tokens of a caption
@@ -87,7 +87,7 @@ def build() -> FrozenCLIP:
     return FrozenCLIP(model, open_clip.SimpleTokenizer(context_length=CONTEXT), mean=MEAN, std=STD)
 
 
-def load(args: argparse.Namespace, accelerator: Accelerator) -> FrozenCLIP:
+def load(args: VPLOptions, accelerator: Accelerator) -> FrozenCLIP:
     """Read the model from the cache folder, or train it and keep it there.
 
     Args:
@@ -112,7 +112,7 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> FrozenCLIP:
     return clip.to(accelerator.device)
 
 
-def open_pairs(args: argparse.Namespace) -> Views:
+def open_pairs(args: VPLOptions) -> Views:
     """Open the pictures with captions: made scenes, and folders whose tags make a sentence.
 
     Each source is repeated until it is about as large as the largest. Scenes are seen whole; where there are
@@ -130,7 +130,7 @@ def open_pairs(args: argparse.Namespace) -> Views:
     return Views(pairs, args.clip_size, 1.0 if args.clip_data == ["scenes"] else 0.5, args.seed)
 
 
-def train(clip: FrozenCLIP, views: Views, args: argparse.Namespace, accelerator: Accelerator) -> None:
+def train(clip: FrozenCLIP, views: Views, args: VPLOptions, accelerator: Accelerator) -> None:
     """Train by CLIP's own contrast of a batch's pictures and captions, in place.
 
     Captions that a batch has several times are no negatives of each other's pictures.

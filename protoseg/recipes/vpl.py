@@ -16,8 +16,6 @@ with captions, and kept in ``--cache``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -29,14 +27,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from protoseg.clip import FrozenCLIP
-from protoseg.data import Scenes
 from protoseg.functional import load_refiner
 from protoseg.recipes.engine import train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
-from protoseg.recipes.flags import add_shared, check_counts, check_threshold
+from protoseg.recipes.options import check_counts, check_threshold
 from protoseg.recipes.pictures import Crops, Pictures, open_pictures
 from protoseg.recipes.progress import Plan, Progress
 from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
+from protoseg.recipes.vpl_options import VPLOptions, parse
 from protoseg.recipes.vpl_stages import (
     MAPS,
     Prototypes,
@@ -74,84 +72,12 @@ PLAN = Plan(
         "refine": ("pseudo_masks",),
         "segment": ("segmentation",),
     },
-    free=("output", "resume", "overwrite", "stages", "device", "workers", "skip_broken", "cache"),
+    free=("config", "output", "resume", "overwrite", "stages", "device", "workers", "skip_broken", "cache"),
     own={"refine": ("seed_map", "threshold", "refine", *RSC, *DECODER), "segment": (*RSC, *DECODER)},
 )
-# Chosen on made scenes with the small CLIP; "clip" has CLIP-ES's and WeCLIP's values where they state one. Nothing of
-# it has been run on VOC or COCO.
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {
-        "size": 64, "crop": 64, "smallest_crop": 0.5, "epochs": 8, "batch": 16, "lr": 2e-3, "layers": [1, 2],
-        "decoder_dim": 64, "decoder_depth": 2, "templates": ["a photo of a {}"],
-    },
-    "clip": {
-        "size": 512, "crop": 320, "smallest_crop": 0.3, "epochs": 10, "batch": 4, "lr": 2e-3,
-        "layers": [-4, -3, -2, -1], "decoder_dim": 256, "decoder_depth": 3, "templates": [],
-    },
-}  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the flags and fill what was not given from the preset."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg train vpl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_shared(parser, stages=PLAN.stages, output="runs/vpl", eval_scenes=300)
-    parser.add_argument("--shift", choices=("none", "channels"), default="none", help="channels: permute the colors")
-    group = parser.add_argument_group("CLIP")
-    group.add_argument("--clip", help="open_clip's name, such as ViT-B-16 (default: the small one)")
-    group.add_argument("--pretrained", help="open_clip's tag, such as openai, or the path of a checkpoint")
-    group.add_argument("--clip-precision", default="fp32", help="fp32, fp16 or bf16")
-    group.add_argument("--cache", type=Path, default=Path("runs/cache"), help="folder where the small CLIP is kept")
-    group.add_argument("--clip-data", nargs="+", default=["scenes"], help="what the small CLIP reads: scenes, folders")
-    group.add_argument("--clip-scenes", type=int, default=8000)
-    group.add_argument("--clip-steps", type=int, default=600)
-    group.add_argument("--clip-size", type=int, default=64, help="side of its training pictures in pixels")
-    group.add_argument("--size", type=int, help="shorter side of the pictures in pixels")
-    group.add_argument("--pooling", choices=("patches", "token"), default="patches")
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--prompts", choices=("single", "ensemble"), default="single", help="one template or all")
-    group.add_argument("--templates", nargs="+", help="sentences with {} for the name")
-    group.add_argument("--synonyms", type=Path, help='JSON: {"class": ["another name", ...]}')
-    group.add_argument("--background", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--background-names", nargs="+", help="what else pictures show (default: CLIP-ES's list)")
-    group = parser.add_argument_group("prototypes and maps")
-    group.add_argument("--ratio", type=float, default=2.0, help="vision temperature over text temperature")
-    group.add_argument("--balance", type=int, default=0, help="rounds of Sinkhorn")
-    group.add_argument("--fit-tags", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--attentions", type=int, default=8, help="blocks whose attention makes the affinity")
-    group.add_argument("--box-threshold", type=float, default=0.4)
-    group.add_argument("--seed-map", choices=MAPS, default="vision", help="map of the pseudo masks")
-    group.add_argument("--threshold", default="otsu", help="of the seeds: otsu, sweep (uses masks), or a number")
-    group.add_argument("--refine", default="pamr", help="pamr, none, or package.module:function")
-    group = parser.add_argument_group("decoder")
-    group.add_argument("--rsc", action=argparse.BooleanOptionalAction, default=True, help="regional semantic contrast")
-    group.add_argument("--rsc-weight", type=float, default=0.1)
-    group.add_argument("--rsc-temperature", type=float, default=0.1)
-    group.add_argument("--rsc-suppression", type=float, default=1.0, help="of what absent classes' masks look like")
-    group.add_argument("--affinity-weight", type=float, default=0.1)
-    group.add_argument("--layers", type=int, nargs="+", help="blocks whose features the decoder sees")
-    group.add_argument("--decoder-dim", type=int)
-    group.add_argument("--decoder-depth", type=int)
-    group.add_argument("--epochs", type=int)
-    group.add_argument("--batch", type=int, help="per process")
-    group.add_argument("--lr", type=float)
-    group.add_argument("--crop", type=int, help="side of the training crops in pixels")
-    group.add_argument("--smallest-crop", type=float, help="smallest share of a picture's area in a crop")
-    args = parser.parse_args(argv)
-    for name, value in PRESETS["clip" if args.clip else "small"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.data == "scenes" and args.background_names is None:
-        scenes = Scenes(1)
-        args.background_names = [scenes.home(label + 1) for label in range(len(scenes.classes))]
-    args.eval_data = args.eval_data or args.data
-    args.synonyms = json.loads(args.synonyms.read_text(encoding="utf-8")) if args.synonyms else {}
-    check(args)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: VPLOptions) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
     check_counts(args, ("size", "crop", "epochs", "batch", "train_scenes", "eval_scenes", "clip_steps", "clip_scenes"))
     check_threshold(args.threshold)
@@ -160,7 +86,7 @@ def check(args: argparse.Namespace) -> None:
     load_refiner(args.refine)
 
 
-def open_clip_model(args: argparse.Namespace, accelerator: Accelerator) -> FrozenCLIP:
+def open_clip_model(args: VPLOptions, accelerator: Accelerator) -> FrozenCLIP:
     """Load the model that ``--clip`` names, or the small one."""
     if args.clip:
         precision = args.clip_precision
@@ -174,7 +100,7 @@ def segment(
     clip: FrozenCLIP,
     prototypes: Prototypes,
     splits: dict[str, Pictures],
-    args: argparse.Namespace,
+    args: VPLOptions,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Train the decoder on the pseudo masks and score its own."""
@@ -192,13 +118,14 @@ def segment(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and the masks; returns the metrics."""
     began = time.monotonic()
-    args = parse(argv)
+    args = parse(argv, __doc__)
+    check(args)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
     if args.device not in ("auto", "cpu", accelerator.device.type):
         raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
     splits = {
         "train": open_pictures(args.data, args.train_split, args),
-        "eval": open_pictures(args.eval_data, args.eval_split, args),
+        "eval": open_pictures(args.eval_data or args.data, args.eval_split, args),
     }
     if splits["eval"].classes != splits["train"].classes:
         raise SystemExit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
 from protoseg.recipes.pictures import Pictures
 from protoseg.recipes.pseudo_masks import enlarge, named, shard
+from protoseg.recipes.vpl_options import VPLOptions
 
 MAPS = ("text", "text_centered", "vision", "vision_affinity")
 
@@ -34,11 +34,13 @@ class Prototypes(NamedTuple):
     background: Tensor
 
 
-def texts(clip: FrozenCLIP, classes: Sequence[str], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def texts(clip: FrozenCLIP, classes: Sequence[str], args: VPLOptions) -> tuple[Tensor, Tensor]:
     """Text prototypes of the classes and of background, by the strategy that the flags ask for."""
-    templates = args.templates or TEMPLATES
-    templates = templates if args.prompts == "ensemble" else templates[:1]
-    names = [[name, *args.synonyms.get(name, ())] for name in classes]
+    templates: Sequence[str] = args.templates or TEMPLATES
+    if args.prompts == "single":
+        templates = templates[:1]
+    synonyms = args.other_names()
+    names = [[name, *synonyms.get(name, ())] for name in classes]
     known = {each for several in names for each in several}
     background = [name for name in args.background_names or BACKGROUND if name not in known]
     text = clip.text_prototypes(names, templates)
@@ -47,7 +49,7 @@ def texts(clip: FrozenCLIP, classes: Sequence[str], args: argparse.Namespace) ->
 
 @torch.no_grad()
 def learn(
-    clip: FrozenCLIP, pictures: Pictures, args: argparse.Namespace, accelerator: Accelerator
+    clip: FrozenCLIP, pictures: Pictures, args: VPLOptions, accelerator: Accelerator
 ) -> tuple[Prototypes, dict[str, float]]:
     """Phase 1: vision prototypes from the training pictures' features and, with ``--fit-tags``, their tags."""
     text, background = texts(clip, pictures.classes, args)
@@ -71,7 +73,7 @@ def learn(
 
 
 def picture_maps(
-    clip: FrozenCLIP, prototypes: Prototypes, sample: Sample, args: argparse.Namespace
+    clip: FrozenCLIP, prototypes: Prototypes, sample: Sample, args: VPLOptions
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0, and its features ``[D, h, w]``."""
     pixels, labels = clip.prepare(sample.image, args.size), sample.labels[None]
@@ -87,7 +89,7 @@ def picture_maps(
     return {name: each[0] for name, each in maps.items()}, seen.features[0]
 
 
-def build_decoder(clip: FrozenCLIP, pictures: Pictures, args: argparse.Namespace) -> FrozenDecoder:
+def build_decoder(clip: FrozenCLIP, pictures: Pictures, args: VPLOptions) -> FrozenDecoder:
     """Make the decoder for the layers that ``--layers`` names."""
     pixels = clip.prepare(pictures[0].image, args.size)
     seen = clip.encode(pixels, layers=args.layers)
@@ -97,7 +99,7 @@ def build_decoder(clip: FrozenCLIP, pictures: Pictures, args: argparse.Namespace
 
 
 def decoder_losses(
-    clip: FrozenCLIP, prototypes: Prototypes, args: argparse.Namespace
+    clip: FrozenCLIP, prototypes: Prototypes, args: VPLOptions
 ) -> Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]:
     """Phase 2: how the decoder learns from pseudo masks and, with ``--rsc``, from prototypes."""
     contrast = RegionalSemanticContrast(temperature=args.rsc_temperature, suppression=args.rsc_suppression)
@@ -129,7 +131,7 @@ def score_decoder(
     clip: FrozenCLIP,
     decoder: FrozenDecoder,
     splits: dict[str, Pictures],
-    args: argparse.Namespace,
+    args: VPLOptions,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Scores of the decoder's masks: ``eval`` without tags, ``train`` with tags; the latter are kept in ``masks/``."""
@@ -157,6 +159,6 @@ def score_decoder(
     return scores
 
 
-def final_mask_path(args: argparse.Namespace, name: str) -> Path:
+def final_mask_path(args: VPLOptions, name: str) -> Path:
     """File of a training picture's final mask."""
     return Path(args.output) / "masks" / f"{name}.png"
