@@ -201,7 +201,7 @@ class VisionPrototypeLearner(PrototypeModule):
             # On the sphere from the start: the slope of a long vector is too small for the tolerance.
             objective = _Objective(self.vision_temperature, features, target, images)
             start = objective(text.clone())[0]
-            vision = nn.Parameter(unit(full_precision(self.vision.detach())).clone())
+            vision = nn.Parameter(_on_the_sphere(full_precision(self.vision.detach())))
             iterations = _minimize(vision, objective, tolerance, max_iterations)
             found = unit(vision.detach())
             end = objective(found)[0]
@@ -297,6 +297,13 @@ class _Objective:
         # Back through the scaling to unit length.
         gradient = gradient - (gradient * prototypes).sum(-1, keepdim=True) * prototypes
         return float(total[0]) / self.images, gradient / vision.norm(dim=-1, keepdim=True)
+
+
+def _on_the_sphere(vision: Tensor) -> Tensor:
+    """Rows of unit length; those that have it already stay as they are, to the last bit."""
+    length = torch.linalg.vector_norm(vision, dim=-1, keepdim=True)
+    off = (length - 1).abs() > 1e-3
+    return torch.where(off, unit(vision), vision)
 
 
 def _minimize(vision: nn.Parameter, objective: _Objective, tolerance: float, most: int) -> int:
