@@ -38,7 +38,7 @@ from protoseg.models.segmentation import build_segmentation_network
 from protoseg.recipes.cpal_heads import begin, build, colors, encoder, first_masks, losses
 from protoseg.recipes.cpal_options import CPALOptions, first_results, parse
 from protoseg.recipes.cpal_stages import SIDE, Network, score_segmentation, seeds
-from protoseg.recipes.engine import train
+from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold, plain
 from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, open_pictures
@@ -87,12 +87,13 @@ def classify(net: Network, pictures: Pictures, args: CPALOptions, accelerator: A
     return train(
         "classify",
         net.cam,
-        crops,
+        crop_batches(crops, args.batch, args, accelerator),
         loss_of,
         args.epochs,
         args,
         accelerator,
         {"bank": net.bank},
+        lr=args.lr,
         head_lr=args.head_lr,
         keep=filling if args.method == "none" else 0,
         fork=fork_of(args.fork) if args.method == "cpal" and args.fork is not None else None,
@@ -132,7 +133,8 @@ def segment(
         return {name: summed / (target != 255).sum().clamp_min(1)}
 
     epochs = args.segmentation_epochs
-    history = train(name, model, crops, loss_of, epochs, args, accelerator, {}, head_lr=args.head_lr)
+    batches = crop_batches(crops, args.batch, args, accelerator)
+    history = train(name, model, batches, loss_of, epochs, args, accelerator, {}, lr=args.lr, head_lr=args.head_lr)
     return score_segmentation(model, test, args, accelerator, mean, std), history
 
 

@@ -1,62 +1,117 @@
-"""The training loop of the recipes ``cpal`` and ``vpl``: epochs that a stopped run takes up bit for bit."""
+"""The training loop of all recipes: epochs that a stopped run takes up bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from protoseg.recipes.files import load_checkpoint, save_checkpoint
-from protoseg.recipes.options import MaskOptions
+from protoseg.recipes.options import RunOptions
 from protoseg.recipes.pictures import Crops, Shuffle
 
-Losses = Callable[[nn.Module, dict[str, Tensor], int], dict[str, Tensor]]
+Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
+
+
+class Batches(NamedTuple):
+    """What to train on.
+
+    Attributes:
+        loader: The loader of one process.
+        set_epoch: Told the number of each epoch before it begins.
+        shared: Whether the loader shares itself out over the processes; else the engine does it.
+    """
+
+    loader: DataLoader[Any]
+    set_epoch: Callable[[int], None]
+    shared: bool = False
+
+
+class Schedule(NamedTuple):
+    """How the learning rate goes: a rise over a share ``warmup`` of the steps, then half a cosine to ``final``."""
+
+    warmup: float = 0.1
+    final: float = 0.0
+
+    def factor(self, step: int, total: int) -> float:
+        """Factor of the base rate."""
+        factor = learning_rate(step, total, self.warmup)
+        if step < self.warmup * total:
+            return factor
+        return self.final + (1 - self.final) * factor
+
+
+def crop_batches(crops: Crops, batch: int, args: RunOptions, accelerator: Accelerator) -> Batches:
+    """Crops in a new order each epoch; the last few that fill no batch are left out."""
+    shuffle = Shuffle(len(crops), args.seed)
+    drop = len(crops) >= batch * accelerator.num_processes
+    loader = DataLoader(crops, batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
+
+    def set_epoch(epoch: int) -> None:
+        shuffle.epoch = crops.epoch = epoch
+
+    return Batches(loader, set_epoch)
 
 
 def train(
     name: str,
     model: nn.Module,
-    crops: Crops,
+    batches: Batches,
     loss_of: Losses,
     epochs: int,
-    args: MaskOptions,
+    args: RunOptions,
     accelerator: Accelerator,
     modules: Mapping[str, nn.Module],
     *,
+    lr: float,
     head_lr: float = 1.0,
+    schedule: Schedule | None = None,
+    clip_grad: float | None = None,
+    end_epoch: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
     keep: int = 0,
     fork: Path | None = None,
-) -> list[dict[str, float]]:
-    """Train ``model`` and save everything after each epoch; returns the history of the losses.
+) -> list[dict[str, Any]]:
+    """Train ``model`` by AdamW and save everything after each epoch; returns the history, an entry per epoch.
 
     Args:
         name: Of the checkpoint.
         model: The network.
-        crops: What to train on.
+        batches: What to train on.
         loss_of: Takes the network, a batch and the epoch to the named parts of the loss, which are summed.
         epochs: Their number.
-        args: The flags.
+        args: The options.
         accelerator: The engine.
         modules: What else is saved.
+        lr: Base rate.
         head_lr: Factor on the rate of what lies outside ``model.backbone`` and ``model.encoder``.
+        schedule: Of the rate; :class:`Schedule`'s defaults where not given.
+        clip_grad: Largest norm of the gradient.
+        end_epoch: Makes the entry of an epoch from the means of its losses; these are the entry where not given.
         keep: Also keep the state after so many epochs, in ``checkpoint/fork.pt``; 0: of none.
         fork: Such a file of another run, whose training this one takes up there.
     """
-    shuffle = Shuffle(len(crops), args.seed)
-    drop = len(crops) >= args.batch * accelerator.num_processes
-    loader = DataLoader(crops, args.batch, sampler=shuffle, drop_last=drop, num_workers=args.workers)
-    optimizer = torch.optim.AdamW(parameter_groups(model, head_lr), args.lr, weight_decay=0.05)
-    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, **modules}
+    loader = batches.loader if batches.shared else accelerator.prepare(batches.loader)
+    steps = len(loader)
+    rate = schedule or Schedule()
+    groups = [{**group, "lr": lr * group["factor"]} for group in parameter_groups(model, head_lr)]
+    optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.05)
+    scheduler = LambdaLR(optimizer, lambda step: rate.factor(step, epochs * steps))
+    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, **modules}
     if accelerator.scaler is not None:
         saved["scaler"] = accelerator.scaler
-    path, history, first = args.output / "checkpoint" / f"{name}.pt", [], 0
+
+    # Take up a stopped run, or another one where it was forked.
+    path = args.output / "checkpoint" / f"{name}.pt"
+    history: list[dict[str, Any]] = []
+    first = 0
     begin = path if args.resume and path.exists() else fork
     if begin is not None:
         state = load_checkpoint(begin)
@@ -70,26 +125,32 @@ def train(
         for key, part in saved.items():
             if begin is path or key not in modules:
                 part.load_state_dict(state[key])
-        history, first = state["history"], state["epoch"]
-    network, stepper, loader = accelerator.prepare(model, optimizer, loader)
-    total, step = epochs * len(loader), first * len(loader)
+        history = state["history"]
+        first = state["epoch"]
+
+    network, stepper = accelerator.prepare(model, optimizer)
     for epoch in range(first, epochs):
-        shuffle.epoch = crops.epoch = epoch
+        batches.set_epoch(epoch)
         set_seed(args.seed + epoch, device_specific=True)  # an epoch's dropout is the same in a resumed run
         network.train()
-        sums: dict[str, float] = {}
-        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", disable=not accelerator.is_main_process, leave=False):
-            for group in stepper.param_groups:
-                group["lr"] = args.lr * group["factor"] * learning_rate(step, total)
+        sums: dict[str, Tensor] = {}
+        quiet = not accelerator.is_main_process
+        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", steps, disable=quiet, leave=False):
             with accelerator.autocast():
                 parts = loss_of(network, batch, epoch)
             stepper.zero_grad()
             accelerator.backward(torch.stack(list(parts.values())).sum())
+            if clip_grad is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(network.parameters(), clip_grad)
             stepper.step()
-            step += 1
+            scheduler.step()
+
+            # Read at the end only: reading waits for a GPU.
             for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value.item()
-        history.append({key: value / len(loader) for key, value in sums.items()})
+                sums[key] = sums.get(key, 0.0) + value.detach().double()
+
+        losses = {key: value.item() / steps for key, value in sums.items()}
+        history.append(losses if end_epoch is None else end_epoch(epoch, losses))
         if accelerator.is_main_process:
             state = {key: part.state_dict() for key, part in saved.items()}
             state |= {"epoch": epoch + 1, "history": history, "processes": accelerator.num_processes}
@@ -97,6 +158,7 @@ def train(
             if epoch + 1 == keep:
                 save_checkpoint(path.with_name("fork.pt"), state)
         accelerator.wait_for_everyone()
+
     if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
         model.load_state_dict(load_checkpoint(path)["model"])
     return history

@@ -22,30 +22,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from protoseg.data import Broken
+from protoseg.data import Broken, ShardPairs
 from protoseg.models.pgseg.network import PRESETS as NETWORKS
 from protoseg.models.pgseg.network import PGSeg, PGSegConfig
 from protoseg.models.pgseg.text import vocabulary
-from protoseg.recipes.engine import learning_rate
+from protoseg.recipes.engine import Schedule, train
 from protoseg.recipes.files import (
     keywords,
-    load_checkpoint,
     peak_memory_mb,
-    save_checkpoint,
     to_replace,
     versions,
     write_json,
 )
 from protoseg.recipes.options import plain
-from protoseg.recipes.pgseg_data import Views, loader_of, nouns_of, open_views
+from protoseg.recipes.pgseg_data import View, Views, nouns_of, open_views, view_batches
 from protoseg.recipes.pgseg_eval import Setting, diagnose, groups, panels, zero_shot
 from protoseg.recipes.pgseg_options import PGSegOptions, parse
-from protoseg.recipes.pictures import Pictures, Shuffle, open_pictures
+from protoseg.recipes.pictures import Pictures, open_pictures
 from protoseg.recipes.pseudo_masks import trivial
 from protoseg.report import Picture, write_report
 
@@ -83,62 +80,45 @@ def _options(preset: Any, args: PGSegOptions, source: str) -> dict[str, Any] | N
     return {**preset, **keywords("--npr-options", args.npr_options)} if args.npr in (source, "both") else None
 
 
-def train(model: PGSeg, views: Any, args: PGSegOptions, accelerator: Accelerator, evaluate: Any) -> list[Any]:
-    """Train and save after each epoch; returns the history, an entry per epoch."""
-    shuffle = Shuffle(len(views), args.seed) if isinstance(views, Views) else None
-    loader = loader_of(views, args.batch, args.workers, shuffle)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
-    path, history, first = args.output / "checkpoint" / "last.pt", list[Any](), 0
-    if args.resume and path.exists():
-        state = load_checkpoint(path)
-        if state["processes"] != accelerator.num_processes:
-            raise SystemExit(f"--resume: {path} is of {state['processes']} processes; launch as many")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, first = state["history"], state["epoch"]
-    network, stepper = accelerator.prepare(model, optimizer)
-    if shuffle is not None:  # shards share themselves out
-        loader = accelerator.prepare(loader)
-    steps = len(loader)
-    for epoch in range(first, args.epochs):
-        set_seed(args.seed + epoch, device_specific=True)
-        if shuffle is not None:
-            shuffle.epoch = views.epoch = epoch
-        else:
-            views.set_epoch(epoch)
-        network.train()
-        npr, sums, found = float(epoch >= args.npr_start * args.epochs), dict[str, torch.Tensor](), dict[str, float]()
-        bar = tqdm(loader, f"{epoch + 1}/{args.epochs}", steps, disable=not accelerator.is_main_process, leave=False)
-        for step, (images, captions) in enumerate(bar):
-            factor = learning_rate(epoch * steps + step, args.epochs * steps, args.warmup)
-            rising = epoch * steps + step < args.warmup * args.epochs * steps
-            for group in stepper.param_groups:
-                group["lr"] = args.lr * (factor if rising else args.final_lr + (1 - args.final_lr) * factor)
-            with accelerator.autocast():
-                out = network(images.to(accelerator.device), model.text.tokenize(captions).to(accelerator.device))
-            parts = {
-                "contrast": out.contrast,
-                "image prototypes": npr * args.weight_image * out.image_prototypes,
-                "text prototypes": npr * args.weight_text * out.text_prototypes,
-                "nouns": args.weight_nouns * out.nouns,
-            }
-            stepper.zero_grad()
-            accelerator.backward(torch.stack(list(parts.values())).sum())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(network.parameters(), args.clip_grad)
-            stepper.step()
-            for key, value in parts.items():  # read at the end only: reading waits for a GPU
-                sums[key] = sums.get(key, 0.0) + value.detach().double() / steps
-            if step == steps - 1:
-                found = dict(diagnose(out.encoded.stages, out.words))
-        entry: dict[str, Any] = {"losses": {key: value.item() for key, value in sums.items()}, "prototypes": found}
+def learn(
+    model: PGSeg, views: Views | ShardPairs[View], args: PGSegOptions, accelerator: Accelerator, evaluate: Any
+) -> list[dict[str, Any]]:
+    """Train and save after each epoch; returns the history: losses, prototypes and, where asked for, the score."""
+    last: dict[str, Any] = {}
+
+    def loss_of(network: nn.Module, batch: tuple[Tensor, list[str]], epoch: int) -> dict[str, Tensor]:
+        images, captions = batch
+        out = network(images.to(accelerator.device), model.text.tokenize(captions).to(accelerator.device))
+        last["out"] = out
+        npr = float(epoch >= args.npr_start * args.epochs)
+        return {
+            "contrast": out.contrast,
+            "image prototypes": npr * args.weight_image * out.image_prototypes,
+            "text prototypes": npr * args.weight_text * out.text_prototypes,
+            "nouns": args.weight_nouns * out.nouns,
+        }
+
+    def end_epoch(epoch: int, losses: dict[str, float]) -> dict[str, Any]:
+        out = last.pop("out")
+        entry: dict[str, Any] = {"losses": losses, "prototypes": dict(diagnose(out.encoded.stages, out.words))}
         if args.eval_every and (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
             entry["zeroshot"] = evaluate()[0]["miou"]
-        history.append(entry)
-        if accelerator.is_main_process:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            save_checkpoint(path, {**state, "epoch": epoch + 1, "processes": accelerator.num_processes})
-        accelerator.wait_for_everyone()
+        return entry
+
+    history: list[dict[str, Any]] = train(
+        "last",
+        model,
+        view_batches(views, args),
+        loss_of,
+        args.epochs,
+        args,
+        accelerator,
+        {},
+        lr=args.lr,
+        schedule=Schedule(args.warmup, args.final_lr),
+        clip_grad=args.clip_grad,
+        end_epoch=end_epoch,
+    )
     return history
 
 
@@ -190,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         setting = Setting(test.classes, args.background, args.score)
         return zero_shot(model, tune, test, setting, accelerator)
 
-    history = train(model, views, args, accelerator, evaluate)
+    history = learn(model, views, args, accelerator, evaluate)
     metrics: dict[str, Any] = {
         "method": f"npr {args.npr}",
         "seed": args.seed,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
+from protoseg.recipes.engine import Batches
 from protoseg.recipes.pgseg_options import PGSegOptions
-from protoseg.recipes.pictures import normalize, resize, seeded
+from protoseg.recipes.pictures import Shuffle, normalize, resize, seeded
 
 View = tuple[Tensor, str]
 
@@ -111,6 +112,18 @@ def loader_of(
     """Make the loader of one process."""
     full = sampler is not None and len(views) >= batch
     return DataLoader(views, batch, sampler=sampler, drop_last=full, num_workers=workers, collate_fn=collate)
+
+
+def view_batches(views: Views | ShardPairs[View], args: PGSegOptions) -> Batches:
+    """Views in a new order each epoch; shards share themselves out over the processes."""
+    if isinstance(views, ShardPairs):
+        return Batches(loader_of(views, args.batch, args.workers, None), views.set_epoch, shared=True)
+    shuffle = Shuffle(len(views), args.seed)
+
+    def set_epoch(epoch: int) -> None:
+        shuffle.epoch = views.epoch = epoch
+
+    return Batches(loader_of(views, args.batch, args.workers, shuffle), set_epoch)
 
 
 def nouns_of(data: str, vocabulary: Iterable[str], chosen: Sequence[str]) -> tuple[str, ...]:

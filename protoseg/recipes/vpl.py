@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 
 from protoseg.clip import FrozenCLIP
 from protoseg.functional import load_refiner
-from protoseg.recipes.engine import train
+from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold
 from protoseg.recipes.pictures import Crops, Pictures, open_pictures
@@ -111,7 +111,8 @@ def segment(
     share = (args.smallest_crop, 1.0)
     crops = Crops(splits["train"], args.crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)
     losses = decoder_losses(clip, prototypes, args)
-    history = train("decoder", decoder, crops, losses, args.epochs, args, accelerator, {})
+    batches = crop_batches(crops, args.batch, args, accelerator)
+    history = train("decoder", decoder, batches, losses, args.epochs, args, accelerator, {}, lr=args.lr)
     return {"segmentation": score_decoder(clip, decoder, splits, args, accelerator), "history": history}
 
 
