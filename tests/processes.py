@@ -27,4 +27,6 @@ def _main(rank: int, folder: Path, work: Work) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(work(rank), folder / f"{rank}.pt")
+    # One that leaves while the other still talks to it can tear down threads that run.
+    dist.barrier()
     dist.destroy_process_group()
