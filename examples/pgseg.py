@@ -33,7 +33,8 @@ from protoseg.data import CsvPairs, Pair, Sample, ScenePairs, Scenes, VOCFolder,
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep
 from protoseg.models.pgseg.network import PRESETS, PGSeg
 from protoseg.models.pgseg.text import vocabulary
-from protoseg.models.pgseg.zeroshot import MEAN, STD, Score
+from protoseg.models.pgseg.zeroshot import Score
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
 EVAL_SCENES = 300
 Pictures = Scenes | VOCFolder
@@ -68,7 +69,7 @@ class Views(Dataset[tuple[Tensor, str]]):
         self.pairs = pairs
         crop = v2.RandomResizedCrop(side, scale=(smallest_crop, 1.0))
         scale = v2.ToDtype(torch.float32, scale=True)
-        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), scale, v2.Normalize(MEAN, STD)])
+        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), scale, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from protoseg.clip.towers import Grid, tower_of
 from protoseg.utils import checks
+from protoseg.utils.colors import normalize
 from protoseg.utils.extras import require
 from protoseg.utils.numeric import no_autocast, unit
 
@@ -173,11 +174,7 @@ class FrozenCLIP(nn.Module):
                 "pixels; enlarge it by short_side"
             )
         pixels = F.interpolate(image[None].to(weight.device).float(), sides, mode="bicubic", antialias=True) / 255
-        mean, std = (
-            torch.tensor(each, dtype=torch.float32, device=weight.device)[:, None, None]
-            for each in (self.mean, self.std)
-        )
-        return ((pixels.clamp(0, 1) - mean) / std).to(weight.dtype)
+        return normalize(pixels.clamp(0, 1), self.mean, self.std).to(weight.dtype)
 
     @torch.no_grad()
     def text_prototypes(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES[:1]) -> Tensor:

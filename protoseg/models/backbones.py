@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from protoseg.models.weights import fit_weights, read_file, read_package
 from protoseg.utils import checks
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, Color
 from protoseg.utils.extras import timm_with
 
 __all__ = ["Backbone", "BankFeatures", "SmallResNet", "TimmBackbone", "load_weights"]
 
 BankFeatures = Literal["penultimate", "last"]
-Color = tuple[float, float, float]
 
-_MEAN: Color = (0.485, 0.456, 0.406)
-_STD: Color = (0.229, 0.224, 0.225)
 _PROBE = 64  # side of the picture that is run once to learn a network's sizes
 
 
@@ -55,8 +53,8 @@ class SmallResNet(nn.Module):
 
     stride = 8
     multiple = 8
-    mean: Color = _MEAN
-    std: Color = _STD
+    mean: Color = IMAGENET_MEAN
+    std: Color = IMAGENET_STD
 
     def __init__(self, width: int = 32, *, depths: Sequence[int] = (1, 1, 2, 1)) -> None:
         super().__init__()
@@ -186,8 +184,8 @@ class TimmBackbone(nn.Module):
         self.network: nn.Module = network
 
         config = network.pretrained_cfg or {}
-        self.mean: Color = tuple(config.get("mean", _MEAN))
-        self.std: Color = tuple(config.get("std", _STD))
+        self.mean: Color = tuple(config.get("mean", IMAGENET_MEAN))
+        self.std: Color = tuple(config.get("std", IMAGENET_STD))
 
         # Swin's maps are [B, h, w, D], in whatever layout.
         self._channels_behind = getattr(network, "output_fmt", None) == "NHWC"

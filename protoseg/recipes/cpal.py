@@ -41,10 +41,11 @@ from protoseg.recipes.cpal_stages import SIDE, Network, score_segmentation, seed
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold, plain
-from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, open_pictures
+from protoseg.recipes.pictures import Crops, Pictures, open_pictures
 from protoseg.recipes.progress import Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, true_mask
 from protoseg.recipes.session import launch, stoppable
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
 PLAN = Plan(
@@ -123,7 +124,7 @@ def segment(
     model = build_segmentation_network(args.segmentation, outputs, backbone=encoder(net.cam), weights=weights)
     model = model.to(accelerator.device)
     # The encoders that segmentation_models_pytorch names want the colors of ImageNet.
-    mean, std = colors(net.cam) if args.segmentation.endswith(":backbone") else (MEAN, STD)
+    mean, std = colors(net.cam) if args.segmentation.endswith(":backbone") else (IMAGENET_MEAN, IMAGENET_STD)
     crop = args.crop // SIDE * SIDE
     share = (args.smallest_crop, 1.0)
     crops = Crops(pictures, crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)

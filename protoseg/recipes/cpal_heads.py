@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from protoseg.models.mct import (
     is_plain_transformer,
 )
 from protoseg.recipes.cpal_options import CPALOptions, first_results
+from protoseg.utils.colors import Color
 
 HEADS = ("cam", "amn", "mct")
 HYBRID = 192  # channels of the transformer blocks behind convolutions of timm
@@ -69,10 +69,9 @@ def encoder(network: Head) -> Backbone | None:
     return None if isinstance(backbone, TimmTransformer) else backbone
 
 
-def colors(network: Head) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[3, 1, 1]`` of colors in 0..1, as the network's backbone wants them."""
-    mean, std = (torch.tensor(each)[:, None, None] for each in (network.backbone.mean, network.backbone.std))
-    return mean, std
+def colors(network: Head) -> tuple[Color, Color]:
+    """Mean and deviation of colors in 0..1, as the network's backbone wants them."""
+    return network.backbone.mean, network.backbone.std
 
 
 def losses(network: nn.Module, batch: dict[str, Tensor], args: CPALOptions) -> tuple[Any, dict[str, Tensor]]:

@@ -16,9 +16,10 @@ from protoseg.functional import max_normalize, multi_scale, prototype_cam
 from protoseg.metrics import ConfusionMatrix
 from protoseg.recipes.cpal_heads import Head, colors, reader
 from protoseg.recipes.cpal_options import CPALOptions
-from protoseg.recipes.pictures import MEAN, STD, Pictures, scaled_image, seeded
+from protoseg.recipes.pictures import Pictures, scaled_image, seeded
 from protoseg.recipes.pseudo_masks import enlarge, named, score_maps
 from protoseg.recipes.session import quiet, share
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, Color
 
 MAPS = ("cam", "instance", "pacam")
 KEPT = 2**30  # bytes of features and CAM that a process keeps while it fills the bank, and until it makes the maps
@@ -123,8 +124,8 @@ def score_segmentation(
     test: Pictures,
     args: CPALOptions,
     accelerator: Accelerator,
-    mean: Tensor = MEAN,
-    std: Tensor = STD,
+    mean: Color = IMAGENET_MEAN,
+    std: Color = IMAGENET_STD,
 ) -> dict[str, Any]:
     """Scores of a segmentation network, with mirrored pictures and without tags; and of background everywhere."""
     model.eval()

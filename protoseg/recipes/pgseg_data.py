@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
 from protoseg.recipes.engine import Batches
 from protoseg.recipes.pgseg_options import PGSegOptions
-from protoseg.recipes.pictures import Shuffle, normalize, resize, seeded
+from protoseg.recipes.pictures import Shuffle, resize, seeded
+from protoseg.utils.colors import normalize
 
 View = tuple[Tensor, str]
 

@@ -11,9 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from protoseg.data import Sample, Scenes, UnreadableFileError, VOCFolder
 from protoseg.recipes.options import RunOptions
-
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, Color, normalize
 
 
 class Pictures(Dataset[Sample]):
@@ -103,7 +101,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         share: Smallest and largest share of the area.
         color: Largest change, 0..1.
         masks: Gives a sample's mask ``[H, W]`` to crop along, for a segmentation network.
-        mean: What is subtracted from the colors in 0..1, ``[3, 1, 1]``.
+        mean: What is subtracted from the colors in 0..1.
         std: What they are divided by then.
     """
 
@@ -116,8 +114,8 @@ class Crops(Dataset[dict[str, Tensor]]):
         share: tuple[float, float] = (0.3, 1.0),
         color: float = 0.3,
         masks: Callable[[Sample], Tensor] | None = None,
-        mean: Tensor = MEAN,
-        std: Tensor = STD,
+        mean: Color = IMAGENET_MEAN,
+        std: Color = IMAGENET_STD,
     ) -> None:
         self.pictures, self.size, self.seed, self.share, self.color = pictures, size, seed, share, color
         self.masks, self.mean, self.std = masks, mean, std
@@ -136,7 +134,7 @@ class Crops(Dataset[dict[str, Tensor]]):
         top, left = int((height - h + 1) * draw[2]), int((width - w + 1) * draw[3])
         window = (slice(top, top + h), slice(left, left + w))
         image = resize(sample.image[:, window[0], window[1]], (self.size, self.size))
-        image = (self._recolor(image / 255, draw[5:]) - self.mean) / self.std
+        image = normalize(self._recolor(image / 255, draw[5:]), self.mean, self.std)
         mirrored = draw[4] < 0.5
         item = {"images": image.flip(-1) if mirrored else image, "labels": sample.labels}
         if self.masks is not None:
@@ -179,12 +177,9 @@ def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 255)
 
 
-def normalize(image: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
-    """Shift and scale ``[3, H, W]`` in 0..1 by a mean and a deviation ``[3, 1, 1]``, of ImageNet where not given."""
-    return (image - mean) / std
-
-
-def scaled_image(image: Tensor, side: int, multiple: int = 8, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
+def scaled_image(
+    image: Tensor, side: int, multiple: int = 8, mean: Color = IMAGENET_MEAN, std: Color = IMAGENET_STD
+) -> Tensor:
     """Resize a picture to the area of a square, keeping its shape, and normalize it: ``[1, 3, H, W]``."""
     scale = side / (image.shape[-1] * image.shape[-2]) ** 0.5
     size = [max(1, round(edge * scale / multiple)) * multiple for edge in image.shape[-2:]]

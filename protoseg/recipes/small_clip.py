@@ -26,8 +26,8 @@ from protoseg.recipes.files import load_checkpoint, save_checkpoint
 from protoseg.recipes.pgseg_data import TagPairs, Views, loader_of
 from protoseg.recipes.pictures import Shuffle
 from protoseg.recipes.vpl_options import VPLOptions
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what ``random_view`` normalizes by
 CONTEXT = 32  # most tokens of a caption
 FORM = 1  # to be raised with every change of network or training, so that no older file is taken
 
@@ -84,7 +84,7 @@ def build() -> FrozenCLIP:
     vision = {"timm_model_name": "protoseg_small_conv", "timm_pool": "avg", "timm_proj": "", "image_size": 64}
     text = {"context_length": CONTEXT, "width": 64, "heads": 2, "layers": 2}
     model = open_clip.CLIP(64, vision, text)
-    return FrozenCLIP(model, open_clip.SimpleTokenizer(context_length=CONTEXT), mean=MEAN, std=STD)
+    return FrozenCLIP(model, open_clip.SimpleTokenizer(context_length=CONTEXT), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def load(args: VPLOptions, accelerator: Accelerator) -> FrozenCLIP:

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -108,10 +107,9 @@ def segment(
     """Train the decoder on the pseudo masks and score its own."""
     set_seed(args.seed)
     decoder = build_decoder(clip, splits["train"], args).to(accelerator.device)
-    mean, std = (torch.tensor(each)[:, None, None] for each in (clip.mean, clip.std))
     masks = partial(pseudo_mask, args=args)
     share = (args.smallest_crop, 1.0)
-    crops = Crops(splits["train"], args.crop, seed=args.seed, share=share, masks=masks, mean=mean, std=std)
+    crops = Crops(splits["train"], args.crop, seed=args.seed, share=share, masks=masks, mean=clip.mean, std=clip.std)
     losses = decoder_losses(clip, prototypes, args)
     batches = crop_batches(crops, args.batch, args, accelerator)
     history = train("decoder", decoder, batches, losses, args.epochs, args, accelerator, {}, lr=args.lr)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protoseg.modules.gmm import LARGEST_SCALE
 from protoseg.utils import checks
+from protoseg.utils.colors import normalize
 from protoseg.utils.numeric import unit
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ TEMPLATES = (
     "there is a {} in the scene",
     "a close photo of a {}",
 )
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ZeroShot(NamedTuple):
@@ -180,8 +180,7 @@ def _resized(image: Tensor, side: int, multiple: int) -> Tensor:
 def normalized(image: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a uint8 picture ``[3, H, W]`` and normalize it by ImageNet's mean and deviation: ``[1, 3, h, w]``."""
     pixels = F.interpolate(image[None].float(), tuple(size), mode="bilinear", align_corners=False, antialias=True) / 255
-    mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
-    return (pixels.clamp(0, 1) - mean) / std
+    return normalize(pixels.clamp(0, 1))
 
 
 def _windows(size: Sequence[int], window: int, stride: int) -> Iterator[tuple[slice, slice]]:
