@@ -141,6 +141,7 @@ class TestRelease:
         assert gone() is None
         assert isinstance(tap, Tap)
 
+    @pytest.mark.slow
     def test_memory_stays_flat_over_a_thousand_rounds(self) -> None:
         """Nothing of a round is left: neither tensors nor hooks nor objects of Python."""
         network, (x, y) = AMNFirst(), pictures(2, 16)

@@ -15,6 +15,8 @@ STAND_IN = """
 import clip
 import torchvision.datasets as datasets
 
+pytestmark = pytest.mark.slow
+
 
 def image_opt(feat, init_classifier, plabel, lr, iter, tau_i, alpha):
     assert alpha > 1 and init_classifier.shape == (feat.shape[1], plabel.shape[1])

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy_vpl
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_runs_what_is_missing_and_compares_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The default with and without contrast, and one kind of contrast; the whole set takes many runs.

@@ -143,6 +143,7 @@ class TestCompile:
     def test_fullgraph_equals_eager(self, background: str) -> None:
         self.compare("aot_eager", make(torch.float32, background=background), modes=[True, True, True, False])
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
     def test_inductor(self) -> None:
         # What the backward pass reads must be what was before the update, which a compiler may overlook.

@@ -56,6 +56,7 @@ def assert_only_tags(masks: dict[str, Tensor], scenes: Scenes) -> None:
         assert set(mask.unique().tolist()) <= {0, *present.tolist()}
 
 
+@pytest.mark.slow
 def test_cpal(tmp_path: Path) -> None:
     printed = run("cpal.py", "--scenes", "32", "--epochs", "2", "--output", str(tmp_path))
     assert "'backbone': 'small:32'" in printed.splitlines()[0]
@@ -74,6 +75,7 @@ def test_cpal(tmp_path: Path) -> None:
     assert all(0 <= score <= 1 for score in found.values())
 
 
+@pytest.mark.slow
 def test_vpl(tmp_path: Path) -> None:
     flags = ["--scenes", "32", "--clip-scenes", "256", "--epochs", "2", "--output", str(tmp_path)]
     printed = run("vpl.py", *flags)
@@ -91,6 +93,7 @@ def test_vpl(tmp_path: Path) -> None:
     assert list(scores(printed)) == ["masks of tagged pictures", "decoder on held-out pictures"]
 
 
+@pytest.mark.slow
 def test_pgseg(tmp_path: Path) -> None:
     printed = run("pgseg.py", "--scenes", "256", "--epochs", "2", "--output", str(tmp_path))
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.trainer import assert_equal, checkpoint, findings, read, run
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("--epochs", "4", "--start", "0.75", "--maps", "pacam", "--stages", "classify", "seeds")
 
 

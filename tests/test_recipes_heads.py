@@ -16,6 +16,8 @@ from protoseg.models.cam import CAMNetwork
 from protoseg.recipes import cpal_options, cpal_stages
 from tests.trainer import assert_equal, assert_maps, checkpoint, findings, main, masks, read, run
 
+pytestmark = pytest.mark.slow
+
 AMN = ["--head", "amn", "--start", "0", "--first-epochs", "2"]
 
 

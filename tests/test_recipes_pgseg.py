@@ -97,6 +97,7 @@ def test_a_start_later_leaves_the_first_epochs_alone(tmp_path: Path) -> None:
     assert [entry["losses"]["image prototypes"] > 0 for entry in history] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     long = ("--epochs", "6")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

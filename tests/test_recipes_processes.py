@@ -19,6 +19,8 @@ import sys
 import torch
 from protoseg.recipes import cpal
 
+pytestmark = pytest.mark.slow
+
 out, argv = sys.argv[1], sys.argv[2:]
 real = {"train": cpal.train, "seeds": cpal.seeds}
 

@@ -62,6 +62,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["classify", "segment"])
 def test_a_killed_run_resumes_bit_for_bit(stage: str, unbroken: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint" / f"{stage}.pt"

@@ -182,6 +182,7 @@ def start(output: Path, cache: Path, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env={**os.environ, **SETTINGS}, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["checkpoint/prototypes.pt", "checkpoint/decoder.pt"])
 def test_a_killed_run_resumes_bit_for_bit(when: str, cache: Path, tmp_path: Path) -> None:
     long = ("--epochs", "12")
@@ -206,6 +207,7 @@ def test_a_killed_run_resumes_bit_for_bit(when: str, cache: Path, tmp_path: Path
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same_prototypes(finished: Path, cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["-m", "protoseg", "train", "vpl"]

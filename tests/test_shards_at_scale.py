@@ -21,7 +21,7 @@ from protoseg.recipes.files import load_checkpoint
 from tests.test_pairs import needs_webdataset, workers_warn
 from tests.trainer import SETTINGS, assert_equal
 
-pytestmark = [needs_webdataset, workers_warn]
+pytestmark = [needs_webdataset, workers_warn, pytest.mark.slow]
 
 COUNT, SHARDS = 10_000, 20
 WORDS = ("brell", "tovin", "skarn", "molu")
