@@ -156,6 +156,7 @@ def pattern(kind: str, u: Floats, v: Floats, period: float, phase: float | Float
     a, b = turn * (u / period + phase), turn * (v / period + phase)
     if kind == "plain":
         return np.zeros_like(u)
+
     if kind == "striped":
         wave = np.sin(a)
     elif kind == "banded":
@@ -166,6 +167,7 @@ def pattern(kind: str, u: Floats, v: Floats, period: float, phase: float | Float
         wave = np.sin(a) * np.sin(b)
         if kind == "spotted":
             wave = np.abs(wave) - np.float32(0.35)
+
     mix: Floats = np.clip(wave * 3 + 0.5, 0, 1).astype(np.float32, copy=False)
     return mix
 
@@ -187,6 +189,7 @@ def silhouette(x: Floats, y: Floats, pose: Pose, form: Form, telling: float) -> 
     cos, sin = math.cos(pose.angle), math.sin(pose.angle)
     dx, dy = x - np.float32(pose.x), y - np.float32(pose.y)
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
+
     # The head sits on the end of the body and hides about 0.4 of its own area of it.
     body_area = pose.share * (1 - 0.6 * telling)
     unit = 4 * math.gamma(1 + 1 / form.power) ** 2 / math.gamma(1 + 2 / form.power)
@@ -194,6 +197,7 @@ def silhouette(x: Floats, y: Floats, pose: Pose, form: Form, telling: float) -> 
     half_length = half_width * form.aspect
     width = half_width * (1 + form.taper * np.clip(u / half_length, -1, 1))
     body = np.abs(u / half_length) ** form.power + np.abs(v / width) ** form.power < 1
+
     radius = math.sqrt(pose.share * telling / math.pi)
     head = (u - half_length) ** 2 + v**2 < radius**2
     return body | head, head, u, v
@@ -202,11 +206,13 @@ def silhouette(x: Floats, y: Floats, pose: Pose, form: Form, telling: float) -> 
 def rim(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
     """Return where ``mask`` changes within ``width`` pixels (at least 1), along rows or columns."""
     edge = np.zeros(mask.shape, np.bool_)
+
     across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
     edge[:, 1:] |= across
     edge[:, :-1] |= across
     edge[1:] |= down
     edge[:-1] |= down
+
     for _ in range(width - 1):
         grown = edge.copy()
         grown[:, 1:] |= edge[:, :-1]

@@ -77,21 +77,25 @@ class _World:
     def __init__(self, num_classes: int, modes: int, world: int) -> None:
         rng = np.random.default_rng([1, world])
         families = num_classes // 2
+
         # With an odd number of classes, the last three share one body: every class has its double.
         self.family = tuple(min(label // 2, families - 1) for label in range(num_classes))
         kinds = rng.permutation(len(PATTERNS))
         hues = (np.arange(num_classes)[rng.permutation(num_classes)] + rng.uniform()) / num_classes
         base = rng.uniform()
+
         self.forms: list[list[Form]] = []
         self.kinds: list[list[str]] = []
         self.shared: list[list[Look]] = []
         self.own: list[list[Look]] = [[] for _ in range(num_classes)]
         self.heads: list[list[Look]] = []
+
         for family in range(families):
             names = [PATTERNS[kinds[(family + mode) % len(kinds)]] for mode in range(modes)]
             shades = [base + family / families + mode * 0.381966 for mode in range(modes)]
             values = rng.uniform(0.55, 0.9, modes)
             periods = rng.uniform(0.07, 0.11, modes)
+
             self.kinds.append(names)
             self.forms.append(
                 [
@@ -100,6 +104,7 @@ class _World:
                 ]
             )
             self.shared.append([_body(*look) for look in zip(shades, values, names, periods, strict=True)])
+
             members = [label for label in range(num_classes) if self.family[label] == family]
             for place, label in enumerate(members):
                 lean = (place - 0.5) * 0.26
@@ -107,6 +112,7 @@ class _World:
                     _body(hue + lean, value, name, period)
                     for hue, value, name, period in zip(shades, values, names, periods, strict=True)
                 ]
+
         seconds = (hsv(0, 0, 0.97), hsv(0, 0, 0.06))
         bold = [kind for kind in PATTERNS if kind != "plain"]
         for label in range(num_classes):
@@ -117,6 +123,7 @@ class _World:
                     for mode in range(modes)
                 ]
             )
+
         sceneries = SCENERIES[:num_classes]
         self.sceneries: tuple[Scenery, ...] = tuple(sceneries[place] for place in rng.permutation(len(sceneries)))
 
@@ -206,24 +213,29 @@ class Scenes(Dataset[Sample]):
             "max_objects": (max_objects, 1, 4),
             "void_width": (void_width, 0, size // 32 if isinstance(size, int) else 0),
         }
+
         for name, (number, low, high) in limits.items():
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"Scenes: {name} must be an int, got {type(number).__name__}")
             if not low <= number <= high:
                 span = f"at least {low}" if high == math.inf else f"in {low}..{high}"
                 raise ValueError(f"Scenes: {name} must be {span}, got {number}")
+
         checks.unit_interval("Scenes", "cooccurrence", cooccurrence)
         checks.unit_interval("Scenes", "shared_body", shared_body)
         if not 0.05 <= telling_part <= 0.5:
             raise ValueError(f"Scenes: telling_part must lie between 0.05 and 0.5, got {telling_part}")
+
         self.seed = seed
         self.max_objects = max_objects
         self.cooccurrence = cooccurrence
         self.shared_body = shared_body
         self.telling_part = telling_part
         self.void_width = void_width
+
         self.classes: tuple[str, ...] = _NOUNS[:num_classes]
         self.ids = [f"scene-{seed}-{index:06d}" for index in range(count)]
+
         self._modes = modes
         self._world = _World(num_classes, modes, world)
         self._canvas = Canvas(size)
@@ -268,11 +280,15 @@ class Scenes(Dataset[Sample]):
         number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"Scenes: index must be in {-len(self)}..{len(self) - 1}, got {number}")
+
+        # 1. What there is to see, and where.
         rng = np.random.default_rng([2, self.seed, number % len(self)])
         things = [self._thing(rng) for _ in range(rng.integers(1, self.max_objects, endpoint=True))]
         scenery = self._scenery(things[0].label, rng)
         image = self._canvas.backdrop(scenery, rng)
         self._scatter(image, rng)
+
+        # 2. Things, one over the other, each tried until enough of all can be seen.
         size = self._canvas.size
         owner, telling = np.zeros((size, size), np.uint8), np.zeros((size, size), np.bool_)
         shown: list[tuple[Thing, Pose]] = []
@@ -289,10 +305,13 @@ class Scenes(Dataset[Sample]):
                     self._paint(image, thing, whole & ~head, head, u, v, rng)
                     shown.append((thing, pose))
                     break
+
+        # 3. The mask, with a rim of void.
         values = np.array([0, *(thing.label for thing, _ in shown)], np.uint8)
         mask = values[owner]
         if self.void_width:
             mask[rim(mask, self.void_width)] = 255
+
         return Scene(
             image=self._canvas.develop(image, rng),
             mask=mask,

@@ -126,12 +126,14 @@ def multi_scale(
     checks.shape("multi_scale", "images", images, ("B", "C", "H", "W"))
     if not scales or min(scales) <= 0:
         raise ValueError(f"multi_scale: scales must be one or more numbers above 0, got {tuple(scales)}")
+
     total: list[Tensor] = []
     for scale in scales:
         size = [max(1, round(side * scale / multiple)) * multiple for side in images.shape[-2:]]
         scaled = images
         if size != list(images.shape[-2:]):
             scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
         for mirrored in (False, True) if flip else (False,):
             maps = _several_maps(model(scaled.flip(-1) if mirrored else scaled), len(images))
             if mirrored:
@@ -140,6 +142,7 @@ def multi_scale(
                 total = [torch.zeros_like(each) for each in maps]
             for mean, each in zip(total, maps, strict=True):
                 mean += _resize(each, mean.shape[-2:])
+
     runs = len(scales) * (1 + flip)
     return tuple(mean / runs for mean in total)
 

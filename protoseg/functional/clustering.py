@@ -63,8 +63,10 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
     if valid is None:
         valid = points.new_ones(points.shape[:2], dtype=torch.bool)
     checks.shape("kmeans", "valid", valid, points.shape[:2])
+
     # A block of classes at a time, which on the CPU stays in its cache through all rounds, and always in the same room.
     block = max(1, block_size(points.device) // max(1, points.shape[1] * points.shape[2]))
+
     with no_autocast(points.device):
         blocks = zip(torch.split(points, block), torch.split(valid, block), strict=True)
         room = torch.empty_like(full_precision(points[:block]))
@@ -78,10 +80,13 @@ def kmeans(points: Tensor, valid: Tensor | None = None, *, num_clusters: int, it
 
 def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int, room: Tensor) -> Clusters:
     weights = valid.to(points.dtype)
-    # Distances cancel badly far from the origin: work around each class's own mean.
+
+    # 1. Around each class's own mean, as distances cancel badly far from the origin.
     mean = masked_mean(points, valid).unsqueeze(1)
     points = torch.sub(points, mean, out=room).mul_(weights.unsqueeze(-1))
     norms = torch.linalg.vector_norm(points, dim=-1).square_()
+
+    # 2. Seeds, then rounds of assignment and means.
     centers = _seed(points, norms, weights, num_clusters)
     distance, nearest = _nearest(points, centers)
     for _ in range(iterations):
@@ -93,6 +98,8 @@ def _cluster(points: Tensor, valid: Tensor, num_clusters: int, iterations: int, 
         # No later round would change anything. Other devices would have to be waited for.
         if points.device.type == "cpu" and torch.equal(before, nearest):
             break
+
+    # 3. What came out: clusters with a member, and the sum of squared distances.
     filled = (_members(nearest, num_clusters) & valid.unsqueeze(1)).any(-1)
     inertia = ((distance + norms).clamp_min(0.0) * weights).sum(-1)
     return Clusters((centers + mean) * filled.unsqueeze(-1), filled, nearest * valid, inertia)
@@ -116,6 +123,7 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
     rows = torch.arange(len(points), device=points.device)
     steps = torch.arange(1, num_clusters * candidates + 1, device=points.device, dtype=points.dtype)
     draws = (0.6180339887 * steps % 1.0).reshape(num_clusters, candidates)
+
     # The first draw is by distance from the mean, later ones by distance from the nearest center so far.
     nearest = norms * weights
     centers = points.new_zeros(len(points), num_clusters, points.shape[-1])
@@ -127,9 +135,11 @@ def _seed(points: Tensor, norms: Tensor, weights: Tensor, num_clusters: int) -> 
         offset = norms.unsqueeze(1) + norms[places].unsqueeze(-1)
         distance = torch.baddbmm(offset, trial, points.transpose(1, 2), alpha=-2.0)
         distance = distance.clamp_min_(0.0).mul_(weights.unsqueeze(1))
+
         if k:
             distance = torch.minimum(distance, nearest.unsqueeze(1))
         total = distance.sum(-1)
+
         # The first of those that are as good as the best: of equals rounding must not choose.
         best = (total <= 1.00001 * total.amin(-1, keepdim=True)).int().argmax(-1)
         centers[:, k] = trial[rows, best]

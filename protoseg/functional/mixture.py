@@ -87,12 +87,14 @@ def em(
         checks.positive("em", "bandwidth", bandwidth)
     if mask is not None:
         checks.shape("em", "mask", mask, (batch, length))
+
     with no_autocast(tokens.device):
         tokens, centers = full_precision(tokens), full_precision(centers)
         if mask is not None:
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         if kernel == "cosine":
             tokens, centers = unit(tokens), unit(centers)
+
         sharpness = 1 / bandwidth
         if isinstance(sharpness, Tensor):
             sharpness = sharpness.to(tokens.dtype).reshape(-1, 1, 1)
@@ -111,14 +113,17 @@ def _rounds(
     """Run EM with shares as ``[B, K, L]``: with few prototypes a softmax across them is faster along the tokens."""
     length, dim = tokens.shape[1:]
     gram = tokens @ tokens.transpose(1, 2) if length < 2 * dim and iterations > 2 else None
+
     # <mu, x> and |mu|^2, both times the sharpness; [B, K, L] and [B, K, 1].
     first, began = _compared(tokens, start, kernel, sharpness)
     inner, squared = first, began
+
     for _ in range(iterations - 1):
         shares = _shares(inner, squared, mask, hard)
         if gram is None:
             inner, squared = _compared(tokens, _means(tokens, shares, kernel, start), kernel, sharpness)
             continue
+
         # mu = X^T r / z with z the mass or the length, so <x, mu> = (X X^T r) / z and |X^T r|^2 = r^T X X^T r.
         reached = shares @ gram
         norms = (shares * reached).sum(-1, keepdim=True).clamp_min_(0.0)
@@ -127,9 +132,11 @@ def _rounds(
         inner = reached.mul_(sharpness / size)
         if began is not None:
             squared = torch.where(lost, began, sharpness * norms / size.square())
+
         # Where asking costs nothing, a pass over all scores is saved: it is rare that a prototype loses all its tokens.
         if torch.compiler.is_compiling() or lost.device.type != "cpu" or bool(lost.any()):
             inner = torch.where(lost, first, inner)
+
     shares = _shares(inner, squared, mask, hard)
     return Mixture(_means(tokens, shares, kernel, start), shares.transpose(1, 2))
 

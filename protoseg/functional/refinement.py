@@ -65,12 +65,16 @@ def pixel_adaptive_refine(
             f"{where}: iterations must be at least 0 and dilations numbers of at least 1, "
             f"got {iterations} and {tuple(dilations)}"
         )
+
+    # 1. How alike a pixel and its neighbors are, in units of the local spread of colors.
     pictures, maps = images.float(), maps.float()
     around = torch.stack([view for d in dilations for view in _neighbors(pictures, d)], 2)
     floor = 1e-4 * pictures.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
     spread = around.std(2, keepdim=True).maximum(floor.unsqueeze(2))
     distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
     share = torch.softmax(-sharpness * distance, dim=2)
+
+    # 2. Rounds of means over the neighbors, weighted by that.
     for _ in range(iterations):
         neighbors = (view for dilation in dilations for view in _neighbors(maps, dilation))
         summed = torch.zeros_like(maps)
@@ -110,13 +114,16 @@ def load_refiner(name: str) -> Refiner | None:
         return None
     if name == "pamr":
         return pixel_adaptive_refine
+
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(f"load_refiner: name must be 'pamr', 'none' or 'package.module:function', got {name!r}")
+
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"load_refiner: {name!r} cannot be imported; {error}; is its folder on PYTHONPATH?") from error
+
     if not callable(found):
         raise ValueError(f"load_refiner: {name!r} must be callable, got {type(found).__name__}")
     refiner: Refiner = found

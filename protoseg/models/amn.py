@@ -86,15 +86,18 @@ class AMNNetwork(nn.Module):
         if not rates or min(rates) < 1:
             raise ValueError(f"AMNNetwork: rates must be one or more numbers of at least 1, got {tuple(rates)}")
         checks.choice("AMNNetwork", "bank_features", bank_features, get_args(BankFeatures))
+
         self.num_classes = num_classes
         self.backbone = backbone
         self.bank_features: BankFeatures = bank_features
         self.channels = backbone.channels if bank_features == "last" else backbone.penultimate_channels
+
         self.label_encoder = nn.Linear(num_classes, backbone.channels)
         self.dropout = nn.Dropout(dropout)
         self.atrous = nn.ModuleList(
             nn.Conv2d(backbone.channels, num_classes + 1, 3, padding=rate, dilation=rate) for rate in rates
         )
+
         for conv in self.atrous:
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
@@ -104,10 +107,12 @@ class AMNNetwork(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> AMNOutput:
         """Return logits, features and CAM. See the class for shapes and errors."""
         checks.shape("AMNNetwork", "labels", labels, (len(images), self.num_classes), "pass the pictures' tags")
+
         penultimate, last = self.backbone.last_two(images)
         conditioned = self.dropout(last * self.label_encoder(labels.to(last.dtype))[..., None, None])
         logits = torch.stack([conv(conditioned) for conv in self.atrous]).sum(0)
         odds = logits[:, 1:] - logits[:, :1]
+
         features = last if self.bank_features == "last" else penultimate
         return AMNOutput(logits, features, odds * (labels != 0)[..., None, None])
 

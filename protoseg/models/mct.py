@@ -256,6 +256,7 @@ class MCTNetwork(nn.Module):
         checks.positive("MCTNetwork", "attentions", attentions)
         checks.choice("MCTNetwork", "fusion", fusion, get_args(Fusion))
         checks.choice("MCTNetwork", "bank_features", bank_features, get_args(BankFeatures))
+
         self.channels = backbone.channels
         if bank_features == "penultimate":
             if isinstance(backbone, TimmTransformer):
@@ -264,21 +265,26 @@ class MCTNetwork(nn.Module):
                     "convolutions, got 'penultimate'; take a Hybrid, or 'last'"
                 )
             self.channels = backbone.network.penultimate_channels
+
         self.backbone = backbone
         self.bank_features: BankFeatures = bank_features
         self.fusion: Fusion = fusion
         self.attentions = attentions
+
         self.class_tokens = nn.Parameter(torch.empty(num_classes, backbone.channels))
         nn.init.trunc_normal_(self.class_tokens, std=0.02)
         self.head = nn.Conv2d(backbone.channels, num_classes, 3, padding=1)
 
     def forward(self, images: Tensor) -> MCTOutput:
         """Return logits, features and maps. See the class."""
+        # 1. Patches of the picture.
         penultimate: Tensor | None = None
         if isinstance(self.backbone, Hybrid):
             penultimate, patches = self.backbone.last_two(images)
         else:
             patches = self.backbone(images)
+
+        # 2. A token of each class goes with them through all blocks.
         classes = len(self.class_tokens)
         own = self.class_tokens.to(patches.dtype).expand(len(patches), -1, -1)
         tokens = torch.cat([own, rearrange(patches, "b d h w -> b (h w) d")], 1)
@@ -287,6 +293,8 @@ class MCTNetwork(nn.Module):
             attentions.append(_attention(block, tokens))
             tokens = block(tokens)
             behind.append(tokens[:, :classes])
+
+        # 3. The CAM: the classifier on the patches, times the attention of the class on them.
         last = rearrange(tokens[:, classes:], "b (h w) d -> b d h w", h=patches.shape[-2])
         patch_cam = self.head(last)
         attention = torch.stack([each[:, :classes, classes:] for each in attentions[-self.attentions :]]).mean(0)
@@ -294,6 +302,7 @@ class MCTNetwork(nn.Module):
         cam = attention * patch_cam.relu()
         if self.fusion == "plus":
             cam = (cam + torch.finfo(torch.float16).tiny).sqrt()
+
         return MCTOutput(
             logits=_ranked_mean(patch_cam) if self.fusion == "plus" else patch_cam.mean((-2, -1)),
             features=last if penultimate is None or self.bank_features == "last" else penultimate,

@@ -613,6 +613,7 @@ class ContextPrototypeBank(PrototypeModule):
         checks.positive(me, "rounds", rounds)
         if isinstance(batches, Iterator):
             raise TypeError(f"{me}: batches must be readable once a round, got a {type(batches).__name__}; pass a list")
+
         before = [buffer.clone() for buffer in self.buffers()]
         try:
             self.reset_parameters()
@@ -630,6 +631,7 @@ class ContextPrototypeBank(PrototypeModule):
         for batch in batches:
             self._check(*batch, None)
             _, seen = self._compute(*batch, None, self.memory.snapshot())
+
             # Nothing fades, nothing is clustered before all is seen, and later rounds see the same pixels again.
             self._store(seen, measured=measured, retain=1.0, refresh_every=0)
         if self.memory.step == 0:

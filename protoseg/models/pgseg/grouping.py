@@ -140,16 +140,21 @@ class Stage(nn.Module):
     def __init__(self, config: ImageConfig, index: int, rates: list[float]) -> None:
         super().__init__()
         dim, groups = config.dim, config.groups[index]
+
         self.sequence = config.unit == "attention"
         self.blocks = _blocks(config, rates)
+
         # Group tokens that only attend must differ from the start, or all of them see the same.
         self.tokens = nn.Parameter((0.02 if self.sequence else 1.0) * torch.randn(groups, dim))
+
         self.carry = TokenMixer(dim, config.groups[index - 1], groups) if index else None
         if self.carry is not None:
             nn.init.zeros_(self.tokens)
+
         self.unit = (
             AttentionUnit(dim, config.heads, groups, groups) if self.sequence else SlotUnit(dim, config.heads, groups)
         )
+
         self.npr_source, self.npr_target = config.npr_source, config.npr_target
         self.npr = None
         if config.npr is not None:
@@ -157,24 +162,32 @@ class Stage(nn.Module):
             published = options.pop("published", False)
             regularizer = PublishedPrototypeRegularizer if published else GMMPrototypeRegularizer
             self.npr = regularizer(dim, **options)
+
         self.reconstruct = ProjectionMLP(dim, dim) if config.reconstruct else None
 
     def forward(self, tokens: Tensor, previous: Tensor | None) -> StageOutput:
         """Group ``[B, L, D]``; ``previous`` are the group tokens of the stage before."""
+        # 1. Group tokens: learnt, and carried on from the stage before.
         sources, count = tokens, len(self.tokens)
         group_tokens = self.tokens.expand(len(tokens), -1, -1)
         if self.carry is not None and previous is not None:
             group_tokens = group_tokens + self.carry(previous)
+
+        # 2. Blocks, in which they are part of the sequence or only watch.
         if self.sequence:
             tokens = torch.cat([tokens, group_tokens], 1)
         for block in self.blocks:
             tokens = block(tokens)
         if self.sequence:
             tokens, group_tokens = tokens[:, :-count], tokens[:, -count:]
+
+        # 3. What the prototypes can say of the tokens is added to them.
         if self.reconstruct is not None and self.npr is not None:
             prototypes, shares = self.npr.estimate(sources)
             weights = shares / (1e-6 + shares.sum(1, keepdim=True))
             tokens = tokens + self.reconstruct((weights @ prototypes).to(tokens.dtype))
+
+        # 4. Groups, and what pulls them to prototypes.
         grouping: Grouping = self.unit(tokens, group_tokens)
         regularized = None
         if self.npr is not None:
@@ -217,11 +230,14 @@ class GroupingEncoder(nn.Module):
             )
         if config.reconstruct and config.npr is None:
             raise ValueError("GroupingEncoder: reconstruct needs prototypes; set npr to a dict, {} for the defaults")
+
         self.config = config
         self.stem = _patch_stem(config) if config.stem == "patch" else _conv_stem(config)
         self.norm_stem = nn.LayerNorm(config.dim)
+
         side = config.image_size // config.patch_size
         self.position = nn.Parameter(0.02 * torch.randn(1, config.dim, side, side))
+
         rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
         ends = torch.tensor(config.depths).cumsum(0).tolist()
         parts = [rates[end - depth : end] for end, depth in zip(ends, config.depths, strict=True)]
@@ -238,13 +254,19 @@ class GroupingEncoder(nn.Module):
                 f"GroupingEncoder: the sides of images must be multiples of {patch}, got {tuple(images.shape[-2:])}; "
                 "resize or pad"
             )
+
+        # 1. Patches with their positions.
         grid = self.stem(images)
         tokens = self.norm_stem(rearrange(grid, "b d h w -> b (h w) d"))
         tokens = tokens + rearrange(self._position(grid.shape[-2:]), "b d h w -> b (h w) d")
+
+        # 2. Stages: tokens become groups.
         stages: list[StageOutput] = []
         for stage in self.stages:
             stages.append(stage(tokens, stages[-1].group_tokens if stages else None))
             tokens = stages[-1].grouping.groups
+
+        # 3. Blocks on the last groups.
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.norm(tokens)

@@ -120,21 +120,26 @@ class PGSeg(nn.Module):
     def __init__(self, config: PGSegConfig) -> None:
         super().__init__()
         self.config, self.left_out = config, list[str]()
+
         self.image = GroupingEncoder(config.image)
+
         self.text: WordBag | TextTransformer
         if config.text == "words":
             self.text = WordBag(config.vocabulary, config.text_width)
         else:
             self.text = TextTransformer(config.text_width, config.text_layers)
+
         self.image_projector = _projector(config.image.dim, config)
         self.text_projector = _projector(config.text_width, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
         self.npr_text = None
         if config.npr_text is not None:
             options = {"detach_tokens": False, **config.npr_text}  # or nothing would train the projection of the words
             options = {"num_prototypes": config.image.groups[-1], **options}
             self.npr_text = GMMPrototypeRegularizer(config.image.dim, **options)
             self.word_projector = nn.Linear(config.text_width, config.image.dim)
+
         if config.nouns:
             if not isinstance(self.text, WordBag):
                 raise ValueError('PGSeg: nouns needs text="words", whose vocabulary they are from')
@@ -148,12 +153,15 @@ class PGSeg(nn.Module):
         sentence, words = self.encode_text(tokens)
         scale = self.log_scale.exp().clamp_max(LARGEST_SCALE)
         contrast = image_text_contrast(embedding, sentence, scale, same=_fingerprint(tokens))
+
         zero = contrast.new_zeros(())
         found = [stage.regularized.loss for stage in encoded.stages if stage.regularized is not None]
+
         by_words = None
         if self.npr_text is not None:
             queries = encoded.stages[-1].grouping.queries
             by_words = self.npr_text(self.word_projector(words.words), queries, words.mask)
+
         return PGSegOutput(
             contrast=contrast,
             image_prototypes=torch.stack(found).sum() if found else zero,

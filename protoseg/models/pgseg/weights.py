@@ -59,8 +59,10 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError(
             f"from_published: no tensor {error} in the checkpoint; is it one of PGSeg or GroupViT?"
         ) from None
+
     dim, patch = patches.shape[0], patches.shape[-1]
     side = math.isqrt(position.shape[1])
+
     depths: list[int] = []
     groups: list[int] = []
     while any(name.startswith(f"img_encoder.layers.{len(depths)}.blocks.") for name in state):
@@ -69,12 +71,14 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         depths.append(len(numbers))
         if layer + "downsample.mlp_inter.fc2.weight" in state:
             groups.append(state[layer + "downsample.mlp_inter.fc2.weight"].shape[0])
+
     reconstruct = any("downsample_spatial" in name for name in state)
     npr: Mapping[str, Any] | None = {"published": True} if reconstruct else None
     image = ImageConfig(
         image_size=side * patch, patch_size=patch, dim=dim, heads=dim // 64, depths=tuple(depths), groups=tuple(groups),
         reconstruct=reconstruct, npr=npr,
     )  # fmt: skip
+
     blocks = {name.split(".")[3] for name in state if name.startswith("text_encoder.transformer.resblocks.")}
     return {
         "image": image,
@@ -89,6 +93,7 @@ def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     """Give the tensors our names and shapes; also returns the names that nothing here needs."""
     result: dict[str, Tensor] = {}
     left_out: list[str] = []
+
     last = sum(1 for name in state if re.fullmatch(r"img_encoder\.layers\.\d+\.group_token", name))
     for name, value in state.items():
         theirs = re.sub(rf"^img_encoder\.layers\.{last}\.blocks\.", "image.blocks.", name)
@@ -100,6 +105,7 @@ def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
             left_out.append(name)
             continue
         result[theirs.replace("img_projector", "image_projector")] = _shaped(theirs, value)
+
     if "img_encoder.logit_scale" in state:  # one temperature for all of theirs
         left_out.remove("img_encoder.logit_scale")
         result |= {f"image.stages.{stage}.npr.log_scale": state["img_encoder.logit_scale"] for stage in range(last)}

@@ -139,10 +139,13 @@ def segment(
     checks.choice("segment", "score", score, get_args(Score))
     if image.dtype != torch.uint8:
         raise TypeError(f"segment: image must be uint8 in 0..255, got {image.dtype}")
+
     device = next(model.parameters()).device
     texts = class_embeddings(model, [*class_names, *background_names], templates)
     window = short_side or model.config.test_side
     scaled = _resized(image.to(device), window, model.config.image.patch_size)
+
+    # 1. Scores: the mean over windows that overlap.
     total = torch.zeros(len(texts), *scaled.shape[-2:], device=device)
     count = torch.zeros(scaled.shape[-2:], device=device)
     for rows, columns in _windows(scaled.shape[-2:], window, stride or max(1, window // 2)):
@@ -150,6 +153,8 @@ def segment(
         total[:, rows, columns] += _scores(model, part, texts, score, top_classes)
         count[rows, columns] += 1
     scores = F.interpolate((total / count)[None], image.shape[-2:], mode="bilinear", align_corners=False)[0]
+
+    # 2. A pixel is its best class where that is sure enough; the best pixel of a picture always is.
     best, winner = scores.max(0)
     foreground = (winner < len(class_names)) & (best >= min(background_threshold, float(best.max())))
     mask = torch.where(foreground, winner + 1, torch.zeros_like(winner)).to(torch.uint8)
