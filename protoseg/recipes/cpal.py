@@ -42,7 +42,7 @@ from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold, plain
 from protoseg.recipes.pictures import Crops, Pictures, open_pictures
-from protoseg.recipes.progress import Plan, Progress, conclude
+from protoseg.recipes.progress import FREE, Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, true_mask
 from protoseg.recipes.session import launch, stoppable
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
@@ -207,7 +207,7 @@ def check_fork(args: CPALOptions, fork: Path) -> None:
 
     if args.head == "amn" and before.get("masks") is None:  # those of its first run
         before |= {name: str(path) for name, path in first_results(fork / "first").items()}
-    free = {*PLAN.free, "method", "weight", "bank", *(name for names in PLAN.own.values() for name in names)}
+    free = {*FREE, *PLAN.free, "method", "weight", "bank", *(name for names in PLAN.own.values() for name in names)}
     now = plain(args)
     changed = [key for key in now if key not in free and before.get(key) != now[key]]
     if changed:

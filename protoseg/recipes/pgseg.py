@@ -55,6 +55,7 @@ def configure(args: PGSegOptions, words: tuple[str, ...]) -> PGSegConfig:
     """Set up the network's sizes from preset and flags."""
     config = NETWORKS[args.preset]
     changes: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+
     for name, value in keywords("--network", args.network).items():
         place = next((place for place in (config, config.image) if hasattr(place, name)), None)
         if place is None:
@@ -62,10 +63,12 @@ def configure(args: PGSegOptions, words: tuple[str, ...]) -> PGSegConfig:
         if isinstance(getattr(place, name), tuple):
             value = tuple(int(part) for part in str(value).split(","))
         changes[place is config.image][name] = value
+
     image = dataclasses.replace(
         config.image,
         **{"image_size": args.size, "npr": _options(config.image.npr, args, "image"), **changes[1]},
     )
+
     sizes = {
         "test_side": config.test_side * args.size // config.image.image_size,
         "npr_text": _options(config.npr_text, args, "text"),
@@ -140,6 +143,7 @@ def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
     broken = args.output / "broken"
     views = open_views(args, broken)
     model = PGSeg(configure(args, words_of(views, args))).to(accelerator.device)
+
     pictures: list[Pictures] = []
     if args.eval_data:
         pictures = [open_pictures(args.eval_data, split, args) for split in (args.tune_split, args.eval_split)]
