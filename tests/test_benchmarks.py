@@ -154,3 +154,14 @@ def test_speed_of_grad_cam_measures_every_way_and_all_make_the_same_maps(tmp_pat
     assert all(one["peak_bytes"] > 0 for one in found["calls"])
     assert str(tmp_path) not in page + json.dumps(found)
     assert str(SPEED.parents[1]) not in page + json.dumps(found)
+
+
+def test_speed_of_a_pretrained_step(tmp_path: Path) -> None:
+    script = str(SPEED.with_name("speed_pretrained.py"))
+    flags = ["--batch", "2", "--side", "64", "--repeats", "2", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-W", "error", script, *flags], capture_output=True, check=True)
+    found = json.loads((tmp_path / "speed-pretrained.json").read_text())
+    names = [each["what"] for each in found["rows"]]
+    assert names[:2] == ["channels first, without", "channels first, with the bank"]
+    assert all(each["median"] > 0 for each in found["rows"][:5])
+    assert "bank's share of a step" in (tmp_path / "speed-pretrained.md").read_text()
