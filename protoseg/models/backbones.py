@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.models.weights import fit_weights, read_file, read_package
@@ -227,7 +228,7 @@ class TimmBackbone(nn.Module):
                 del block._protoseg_input  # a tensor of a graph cannot be copied, and so neither could the module
 
         if self._channels_behind:
-            return penultimate.permute(0, 3, 1, 2), last.permute(0, 3, 1, 2)
+            return rearrange(penultimate, "b h w d -> b d h w"), rearrange(last, "b h w d -> b d h w")
         return penultimate, last
 
     def _probe(self) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import io
 import math
 from typing import Any, NamedTuple
 
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.utils.extras import require
@@ -93,7 +94,7 @@ def data_uri(image: Tensor) -> str:
     """
     pil = require("PIL.Image", "write_report", "recipes")
 
-    pixels = image.detach().cpu().permute(1, 2, 0).contiguous()
+    pixels = rearrange(image.detach().cpu(), "c h w -> h w c").contiguous()
     picture = pil.fromarray(pixels.numpy())
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), pil.Resampling.LANCZOS)
 

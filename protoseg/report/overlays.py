@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.data import voc_palette
@@ -77,7 +78,8 @@ def _with_heat(picture: Tensor, score: Tensor, strength: float) -> Tensor:
     steps = torch.tensor(HEAT, dtype=torch.float32)
     position = score.float().nan_to_num(0, 1, 0).clamp(0, 1) * (len(HEAT) - 1)
     below = position.long().clamp(max=len(HEAT) - 2)
-    color = torch.lerp(steps[below], steps[below + 1], (position - below)[..., None]).movedim(-1, 0)
+    color = torch.lerp(steps[below], steps[below + 1], (position - below)[..., None])
+    color = rearrange(color, "h w c -> c h w")
 
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     gray = (picture * luma).sum(0)
@@ -93,7 +95,7 @@ def _with_mask(picture: Tensor, mask: Tensor, strength: float) -> Tensor:
     share = torch.where(_edges(mask), max(strength, 0.95), strength)
     share = share.masked_fill(mask == 0, 0.0).masked_fill(mask == 255, strength / 2)
 
-    color = palette()[mask].movedim(-1, 0).float()
+    color = rearrange(palette()[mask], "h w c -> c h w").float()
     return torch.lerp(picture, color, share.expand_as(picture))
 
 

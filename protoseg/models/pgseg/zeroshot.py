@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.modules.gmm import LARGEST_SCALE
@@ -173,7 +174,7 @@ def _scores(model: PGSeg, images: Tensor, texts: Tensor, score: Score, top: int)
         kept = torch.zeros_like(whole, dtype=torch.bool).scatter(0, whole.topk(min(top, len(whole))).indices, True)
         values = (scale * cosines).softmax(-1) * (scale * cosines).masked_fill(~kept, -torch.inf).softmax(-1)
     group = group_maps(encoded, images.shape[-2:])[0].argmax(0)
-    return values[group].permute(2, 0, 1)
+    return rearrange(values[group], "h w c -> c h w")
 
 
 def _resized(image: Tensor, side: int, multiple: int) -> Tensor:
