@@ -38,7 +38,7 @@ def step_of(images: Tensor, labels: Tensor, *, channels_last: bool, with_bank: b
         if with_bank:
             loss = loss + bank(out.features, out.cam, labels).loss
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
 
     return call
