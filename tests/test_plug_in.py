@@ -41,7 +41,7 @@ def test_recipe(section: str, line: int, code: str) -> None:
         module.on_fit_start()
         names |= {"bank": module.bank, "loss": module.training_step((names["img"], names["label"]), 0)}
         module.on_fit_end()
-        assert not module.tap._handles
+        assert not module.tap._recorder.attached
     if "loss" in names:
         loss: Tensor = names["loss"]
         loss.backward()
