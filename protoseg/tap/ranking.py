@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from protoseg.tap.hooks import Hook, evaluating, unwrapped
-from protoseg.tap.reading import grid_of, pointwise
+from protoseg.tap.reading import grid_of, pointwise, pooled
 from protoseg.tap.selectors import layers_of
 from protoseg.utils import checks
 
@@ -68,7 +69,7 @@ class _Map(NamedTuple):
     reshape: int | str | None
     channels: int
     grid: tuple[int, int]
-    pooled: Tensor  # [B, D], the mean over the places
+    mean: Tensor  # [B, D], over the places
     token: Tensor | None  # [B, D], the first token, which does not lie on the picture
 
 
@@ -161,11 +162,12 @@ def candidates(
 
     picture = (int(images.shape[-2]), int(images.shape[-1]))
     maps = [each for place in watch.places for each in _as_maps(place, picture)]
-    said = [each for _, each in _flat(output) if each.dim() == 2]
-    found = [
-        *_by_weights(watch, maps, said),
-        *_by_maps(watch, maps, said),
-    ]
+    said = [each.flatten(1) for _, each in _flat(output) if pooled(each)]
+    found = [*_by_weights(watch, maps, said, picture), *_by_maps(watch, maps, said, picture)]
+    if said:
+        # What the network says of a picture tells how many classes there are; background may be one more of a map.
+        widths = {each.shape[1] for each in said}
+        found = [each for each in found if each.classes in widths or each.classes - 1 in widths]
     found.sort(key=lambda each: -each.score)
     best: dict[tuple[str, str], Candidate] = {}
     for each in found:
@@ -196,7 +198,9 @@ def _lies_like(rows: int, columns: int, picture: tuple[int, int]) -> bool:
     return (rows - 1) * width <= (columns + 1) * height and (columns - 1) * height <= (rows + 1) * width
 
 
-def _by_weights(watch: _Watch, maps: list[_Map], said: list[Tensor]) -> Iterator[Candidate]:
+def _by_weights(
+    watch: _Watch, maps: list[_Map], said: list[Tensor], picture: tuple[int, int]
+) -> Iterator[Candidate]:
     """Classifiers that see a vector a picture, each with the maps that it may be the mean of."""
     for name, layer, given, gave in watch.layers:
         found = pointwise(layer)
@@ -205,17 +209,19 @@ def _by_weights(watch: _Watch, maps: list[_Map], said: list[Tensor]) -> Iterator
             continue
         classes, channels = found[0].shape[:2]
         for each in maps:
-            if each.channels != channels or len(each.pooled) != len(vector):
+            if each.channels != channels or len(each.mean) != len(vector):
                 continue
-            agreement = _agreement(each.pooled, vector)
+            agreement = _agreement(each.mean, vector)
             # A class token stands for its tokens, though no mean of them.
             if each.token is not None and _agreement(each.token, vector) > 0.99:
                 agreement = max(agreement, 0.5)
-            score = agreement + _bonus(name, gave.flatten(1), said) + _late(each, watch)
+            score = agreement + _bonus(name, gave.flatten(1), said) + _late(each, watch, picture)
             yield _candidate(each, name, classes, agreement, score)
 
 
-def _by_maps(watch: _Watch, maps: list[_Map], said: list[Tensor]) -> Iterator[Candidate]:
+def _by_maps(
+    watch: _Watch, maps: list[_Map], said: list[Tensor], picture: tuple[int, int]
+) -> Iterator[Candidate]:
     """Classifiers that see every place, each with its input."""
     inputs = {each.place.name: each for each in maps if each.place.name.endswith(":input")}
     for name, layer, given, gave in watch.layers:
@@ -223,7 +229,7 @@ def _by_maps(watch: _Watch, maps: list[_Map], said: list[Tensor]) -> Iterator[Ca
         classes = gave.shape[-1] if isinstance(layer, nn.Linear) else gave.shape[1]
         if each is None or given.dim() != gave.dim() or classes == each.channels:
             continue
-        means = [one.pooled for one in maps if one.place.tensor is gave and one.channels == classes]
+        means = [one.mean for one in maps if one.place.tensor is gave and one.channels == classes]
         if not means:
             continue
         agreement = 0.0
@@ -232,7 +238,7 @@ def _by_maps(watch: _Watch, maps: list[_Map], said: list[Tensor]) -> Iterator[Ca
             pooled_maps = [means[0], gave.flatten(2).amax(-1)] if gave.dim() == 4 else means[:1]
             # Where background is first or last among the channels, the others still say what the logits are.
             agreement = max([agreement, *(_agreement(one[:, -width:], logits[:, -width:]) for one in pooled_maps)])
-        score = agreement + _bonus(name, gave, said) + _late(each, watch)
+        score = agreement + _bonus(name, gave, said) + _late(each, watch, picture)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
             score -= 0.05
         yield _candidate(each, name, classes, agreement, score)
@@ -259,8 +265,10 @@ def _bonus(name: str, gave: Tensor, said: list[Tensor]) -> float:
     return 0.5 * returned + 0.5 * (classes in widths) + 0.1 * told
 
 
-def _late(each: _Map, watch: _Watch) -> float:
-    """Of equal maps the later one, and the outputs of layers before their inputs."""
+def _late(each: _Map, watch: _Watch, picture: tuple[int, int]) -> float:
+    """Of equal maps the later one, outputs before inputs, and the one whose grid is most like the picture."""
     late = each.place.order / max(1, len(watch.places))
     depth = each.place.name.count(".")
-    return 0.05 * late - 0.004 * depth - 0.02 * (":input" in each.place.name)
+    (rows, columns), (height, width) = each.grid, picture
+    stretch = abs(math.log(height / rows * columns / width))
+    return 0.05 * late - 0.004 * depth - 0.02 * (":input" in each.place.name) - 0.1 * stretch
