@@ -76,6 +76,7 @@ def transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Mod
 
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+WINDOWS = {"img_size": (224, 160), "window_size": 7, "strict_img_size": False}
 SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
 HOSTS = [
     Host("resnet18", "torchvision", torchvision("resnet18"), "layer4", "fc"),
@@ -94,8 +95,7 @@ HOSTS = [
     Host("densenet121", "timm", timm("densenet121"), "features", "classifier"),
     Host("resnetv2_50", "timm", timm("resnetv2_50"), "norm", "head.fc"),
     Host("convnext_atto", "timm", timm("convnext_atto"), "norm_pre", "head.fc"),
-    Host("swin_tiny", "timm", timm("swin_tiny_patch4_window7_224", img_size=(224, 160), window_size=7, strict_img_size=False),
-         "norm", "head.fc", last, (224, 160)),
+    Host("swin_tiny", "timm", timm("swin_tiny_patch4_window7_224", **WINDOWS), "norm", "head.fc", last, (224, 160)),
     Host("vit_tiny, token", "timm", timm("vit_tiny_patch16_224", img_size=(96, 64)), "norm", "head", 1),
     Host("vit_tiny, mean", "timm", timm("vit_tiny_patch16_224", img_size=(96, 64), global_pool="avg", fc_norm=False),
          "norm", "head", 1),
@@ -133,7 +133,11 @@ def place(host: Host) -> tuple[int | None, str, str]:
     for index, each in enumerate(found, 1):
         got = captured(network, images, each.features, each.cam)
         reshape = "channels_last" if callable(host.reshape) else host.reshape
-        if (each.cam, each.reshape) == (host.cam, reshape) and got[0].shape == want[0].shape and torch.equal(got[0], want[0]):
+        if (
+            (each.cam, each.reshape) == (host.cam, reshape)
+            and got[0].shape == want[0].shape
+            and torch.equal(got[0], want[0])
+        ):
             return index, each.line, found[0].line
     return None, "", found[0].line if found else "none"
 

@@ -210,8 +210,10 @@ class Tap:
             raise RuntimeError("attach: the pictures of this pass have been stored already; run the network first")
         mode = bank.training
         try:
-            with torch.no_grad():
-                self._ask(bank.train(), self._maps(last[:1])[0], labels, valid, store=True)
+            features, cam = self._maps(last[:1])[0]
+            # Under no_grad the bank would keep its state, for a pass that checkpointing may compute again.
+            with torch.enable_grad():
+                self._ask(bank.train(), (features.detach(), cam.detach()), labels, valid, store=True)
         finally:
             bank.train(mode)
         for forward in last:
@@ -422,7 +424,7 @@ class Tap:
         alone = _leaves([loss]) - _leaves(_tensors(outputs))
         if not alone:
             return
-        names = [name for name, each in self._inner().named_parameters() if each in alone]
+        names = [name for name, each in unwrapped(self._inner()).named_parameters() if each in alone]
         if names:
             raise RuntimeError(
                 f"attach: {', '.join(names[:5])} are reached by the bank's loss and not by what the network returns, "

@@ -19,6 +19,9 @@ __all__ = ["Candidate", "candidates"]
 # Names that say a layer is there for the classes.
 _TOLD = ("classifier", "fc", "head", "cam", "cls", "logit", "fc8")
 
+# Below it there is neither a name nor a number that speaks for a pair.
+_LEAST = 0.1
+
 
 class Candidate(NamedTuple):
     """A pair of features and CAM that a network seems to have.
@@ -162,12 +165,14 @@ def candidates(
 
     picture = (int(images.shape[-2]), int(images.shape[-1]))
     maps = [each for place in watch.places for each in _as_maps(place, picture)]
-    said = [each.flatten(1) for _, each in _flat(output) if pooled(each)]
-    found = [*_by_weights(watch, maps, said, picture), *_by_maps(watch, maps, said, picture)]
+    returned = [each for _, each in _flat(output)]
+    said = [each.flatten(1) for each in returned if pooled(each)]
+    found = [*_by_weights(watch, maps, returned, picture), *_by_maps(watch, maps, returned, picture)]
     if said:
         # What the network says of a picture tells how many classes there are; background may be one more of a map.
         widths = {each.shape[1] for each in said}
         found = [each for each in found if each.classes in widths or each.classes - 1 in widths]
+    found = [each for each in found if each.score >= _LEAST]
     found.sort(key=lambda each: -each.score)
     best: dict[tuple[str, str], Candidate] = {}
     for each in found:
@@ -199,7 +204,7 @@ def _lies_like(rows: int, columns: int, picture: tuple[int, int]) -> bool:
 
 
 def _by_weights(
-    watch: _Watch, maps: list[_Map], said: list[Tensor], picture: tuple[int, int]
+    watch: _Watch, maps: list[_Map], returned: list[Tensor], picture: tuple[int, int]
 ) -> Iterator[Candidate]:
     """Classifiers that see a vector a picture, each with the maps that it may be the mean of."""
     for name, layer, given, gave in watch.layers:
@@ -215,13 +220,11 @@ def _by_weights(
             # A class token stands for its tokens, though no mean of them.
             if each.token is not None and _agreement(each.token, vector) > 0.99:
                 agreement = max(agreement, 0.5)
-            score = agreement + _bonus(name, gave.flatten(1), said) + _late(each, watch, picture)
+            score = agreement + _bonus(name, gave, returned) + _late(each, watch, picture)
             yield _candidate(each, name, classes, agreement, score)
 
 
-def _by_maps(
-    watch: _Watch, maps: list[_Map], said: list[Tensor], picture: tuple[int, int]
-) -> Iterator[Candidate]:
+def _by_maps(watch: _Watch, maps: list[_Map], returned: list[Tensor], picture: tuple[int, int]) -> Iterator[Candidate]:
     """Classifiers that see every place, each with its input."""
     inputs = {each.place.name: each for each in maps if each.place.name.endswith(":input")}
     for name, layer, given, gave in watch.layers:
@@ -233,12 +236,12 @@ def _by_maps(
         if not means:
             continue
         agreement = 0.0
-        for logits in said:
+        for logits in (one.flatten(1) for one in returned if pooled(one)):
             width = min(logits.shape[1], classes)
             pooled_maps = [means[0], gave.flatten(2).amax(-1)] if gave.dim() == 4 else means[:1]
             # Where background is first or last among the channels, the others still say what the logits are.
             agreement = max([agreement, *(_agreement(one[:, -width:], logits[:, -width:]) for one in pooled_maps)])
-        score = agreement + _bonus(name, gave, said) + _late(each, watch, picture)
+        score = agreement + _bonus(name, gave, returned) + _late(each, watch, picture)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
             score -= 0.05
         yield _candidate(each, name, classes, agreement, score)
@@ -256,13 +259,13 @@ def _agreement(mean: Tensor, vector: Tensor) -> float:
     return float((1 - off).clamp(0, 1))
 
 
-def _bonus(name: str, gave: Tensor, said: list[Tensor]) -> float:
-    """For a layer whose output the network returns, or whose name says what it is."""
-    returned = any(one.shape == gave.shape and torch.equal(one, gave) for one in said)
-    widths = {one.shape[1] for one in said}
-    classes = gave.shape[1] if gave.dim() != 3 else gave.shape[2]
+def _bonus(name: str, gave: Tensor, returned: list[Tensor]) -> float:
+    """For a layer whose output the network returns, or that has as many channels, or whose name says what it is."""
+    same = any(one.numel() == gave.numel() and torch.equal(one.flatten(), gave.flatten()) for one in returned)
+    classes = gave.shape[2] if gave.dim() == 3 else gave.shape[1]
+    fits = classes in {one.shape[1] for one in returned if pooled(one)}
     told = any(part.startswith(_TOLD) for part in name.split("."))
-    return 0.5 * returned + 0.5 * (classes in widths) + 0.1 * told
+    return 0.5 * same + 0.5 * fits + 0.1 * told
 
 
 def _late(each: _Map, watch: _Watch, picture: tuple[int, int]) -> float:

@@ -233,12 +233,14 @@ class CAMReader:
             )
         cam = F.conv2d(features, weight.to(features.dtype))
         if captured is not None and not self._compared:
-            self._compare(cam, bias, captured, survey)
+            self._compare(features, weight, bias, captured, survey)
         return cam
 
     @torch.no_grad()
-    def _compare(self, cam: Tensor, bias: Tensor | None, captured: Tensor, survey: Survey | None) -> None:
-        """Warn where the CAM's mean is not what the classifier says, once."""
+    def _compare(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, captured: Tensor, survey: Survey | None
+    ) -> None:
+        """Warn where the classifier does not say what it would of the features' mean, or maximum; once."""
         between = [] if survey is None else survey.between(self._features.partition(":")[0], str(self._cam))
         # Dropout changes what it says, so another pass has to tell.
         if any(isinstance(each.layer, nn.modules.dropout._DropoutNd) and each.layer.training for each in between):
@@ -247,8 +249,9 @@ class CAMReader:
         said = captured.flatten(1).float()
         if bias is not None:
             said = said - bias.float()
-        mean = cam.float().mean((-2, -1))
-        off = float((mean - said).norm() / said.norm().clamp_min(1e-12))
+        matrix = weight[:, :, 0, 0].float()
+        wanted = [pool.float() @ matrix.T for pool in (features.mean((-2, -1)), features.amax((-2, -1)))]
+        off = min(float((each - said).norm() / said.norm().clamp_min(1e-12)) for each in wanted)
         if off < 0.05:
             return
 
@@ -259,7 +262,7 @@ class CAMReader:
             advice = f"name {maps[-1]!r} as features, or {advice}"
         told = f"; between them ran {layers}" if layers else "; something between them is no layer, or no mean"
         warnings.warn(
-            f"attach: the CAM is not that of the classifier: its mean is {100 * off:.0f} % off what {self._cam!r} gives"
-            f"{told}. Where this is not meant (as for a class token), {advice}",
+            f"attach: the CAM is not that of the classifier: {self._cam!r} gives {100 * off:.0f} % other than it would of "
+            f"the pooled {self._features!r}{told}. Where this is not meant (as for a class token), {advice}",
             stacklevel=6,
         )

@@ -73,12 +73,9 @@ class Survey:
         if first not in names or last not in names:
             return []
         found = self.ran[names.index(first) + 1 : names.index(last)]
-        outer = tuple(f"{each.name}." for each in found)
-        return [
-            each
-            for each in found
-            if not any(other.startswith(f"{each.name}.") for other in outer) and not last.startswith(f"{each.name}.")
-        ]
+        # A layer around others is done behind them, and tells nothing more.
+        inner = [*(each.name for each in found), last]
+        return [each for each in found if not any(name.startswith(f"{each.name}.") for name in inner)]
 
     def near(self, name: str, count: int = 3) -> list[str]:
         """Layers that ran and are closest to one that did not: those in or around it, and its neighbors."""
