@@ -64,9 +64,9 @@ class TestWhatIsCaptured:
             percent = told.partition("'fc' gives ")[2].partition(" ")[0]
             assert int(percent) > 5
             assert told == (
-                f"attach: the CAM is not that of the classifier: 'fc' gives {percent} % other than it would of the pooled "
-                "'stages'; between them ran pool (AdaptiveAvgPool2d), norm (LayerNorm). Where this is not meant (as for a class token), "
-                "pass as cam= a function of the features that does the same at every pixel"
+                f"attach: the CAM is not that of the classifier: 'fc' gives {percent} % other than it would of the "
+                "pooled 'stages'; between them ran pool (AdaptiveAvgPool2d), norm (LayerNorm). Where this is not meant "
+                "(as for a class token), pass as cam= a function of the features that does the same at every pixel"
             )
             assert not warned(lambda: tap.cam)  # once
 

@@ -262,7 +262,7 @@ class CAMReader:
             advice = f"name {maps[-1]!r} as features, or {advice}"
         told = f"; between them ran {layers}" if layers else "; something between them is no layer, or no mean"
         warnings.warn(
-            f"attach: the CAM is not that of the classifier: {self._cam!r} gives {100 * off:.0f} % other than it would of "
-            f"the pooled {self._features!r}{told}. Where this is not meant (as for a class token), {advice}",
+            f"attach: the CAM is not that of the classifier: {self._cam!r} gives {100 * off:.0f} % other than it would "
+            f"of the pooled {self._features!r}{told}. Where this is not meant (as for a class token), {advice}",
             stacklevel=6,
         )
