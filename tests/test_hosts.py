@@ -192,9 +192,9 @@ class TestWhatIsCaptured:
             assert torch.equal(each, found[0])
 
         mixed = hosts.MixTransformer()
-        with attach(mixed, features="encoder:0:1", cam="classifier") as tap:
-            _, cam = mixed(x)
-            torch.testing.assert_close(tap.cam, cam)
+        with attach(mixed, features="encoder:0:3", cam="classifier") as tap:
+            mixed(x)
+            torch.testing.assert_close(tap.cam, mixed(x, cam_only=True)[0])
         with attach(mixed, features="encoder"):
             assert "as in 'encoder:0:0', or" in message(TypeError, lambda: mixed(x))
         with pytest.raises(TypeError, match="features must be a layer's name, or a pair of a name and a function"):
@@ -202,16 +202,17 @@ class TestWhatIsCaptured:
 
     def test_second_inputs(self) -> None:
         network, (x, _) = hosts.GroupViT(), pictures()
-        names = ["downsample:input:1", "downsample:input:0"]
+        assign = "vision_model.encoder.stages.0.downsample"
+        names = [f"{assign}:input:1", f"{assign}:input:0"]
         with attach(network, features=names[0], reshape=lambda tokens: tokens[:, :, None].transpose(1, 3)) as tap:
             network(x)
             assert torch.equal(tap.features[0, :, 0].T, network.group_tokens[0])
         with attach(network, features=names[1], reshape=0) as tap:
             network(x)
             assert tap.features.shape == (4, D, 8, 8)
-        with attach(network, features="downsample:input:2"):
+        with attach(network, features=f"{assign}:input:2"):
             assert message(TypeError, lambda: network(x)) == (
-                "attach: 'downsample:input:2' has no '2', got dict of {0: a tensor (4, 64, 8), 1: a tensor (4, 3, 8)}"
+                f"attach: '{assign}:input:2' has no '2', got dict of {{0: a tensor (4, 64, 8), 1: a tensor (4, 3, 8)}}"
             )
 
     def test_what_is_changed_in_place_can_be_meant(self) -> None:
@@ -277,7 +278,7 @@ class TestWhichPass:
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_a_pass_without_gradients_does_not_take_the_place_of_the_training_pass(self, mode: Any) -> None:
         network, (x, y) = hosts.MixTransformer(), pictures()
-        names: dict[str, Any] = {"features": "encoder:0:1", "cam": "classifier"}
+        names: dict[str, Any] = {"features": "encoder:0:3", "cam": "classifier"}
         want = []
         for between in (False, True):
             with attach(network, bank=(memory := bank()), **names) as tap:
@@ -631,7 +632,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], str, str, Any, Any]] = {
     "hugging face": (hosts.HuggingFace, "encoder:last_hidden_state", "classifier", 0, None),
     "segformer": (hosts.Segformer, "decode_head.classifier:input", "decode_head.classifier", None, None),
     "densenet": (hosts.DenseNet, "features", "classifier", None, None),
-    "mix": (hosts.MixTransformer, "encoder:0:1", "classifier", None, None),
+    "mix": (hosts.MixTransformer, "encoder:0:3", "classifier", None, None),
 }
 
 
