@@ -236,7 +236,7 @@ class Unpooled(nn.Module):
 
     def __init__(self, classes: int = C, dim: int = D) -> None:
         super().__init__()
-        self.stage4, self.classifier = trunk(3, dim), nn.Conv2d(dim, classes, 1, bias=False)
+        self.stage4, self.classifier = nn.Conv2d(3, dim, 8, stride=8), nn.Conv2d(dim, classes, 1, bias=False)
 
     def forward(self, pair: Tensor) -> Tensor:
         maps = F.relu(F.conv2d(self.stage4(pair), self.classifier.weight))
@@ -249,7 +249,7 @@ class Puzzle(nn.Module):
 
     def __init__(self, classes: int = C, dim: int = D) -> None:
         super().__init__()
-        self.stage1, self.stage5 = trunk(), trunk(D, dim)
+        self.stage1, self.stage5 = nn.Conv2d(3, D, 4, stride=4), trunk(D, dim)
         self.classifier = nn.Conv2d(dim, classes, 1, bias=False)
 
     def forward(self, x: Tensor, with_cam: bool = False) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ class OAA(nn.Module):
 
     def __init__(self, classes: int = C, dim: int = D) -> None:
         super().__init__()
-        self.features = trunk(3, dim)
+        self.features = nn.Conv2d(3, dim, 8, stride=8)
         layers = [nn.Conv2d(dim, dim, 3, padding=1) if index % 2 == 0 else nn.ReLU(True) for index in range(6)]
         self.extra_convs = nn.Sequential(*layers, nn.Conv2d(dim, classes, 1))
 
@@ -382,7 +382,7 @@ class ConvNeXt(nn.Module):
 
     def __init__(self, classes: int = C, dim: int = D) -> None:
         super().__init__()
-        self.stages = nn.Sequential(trunk(3, dim), trunk(dim, dim))
+        self.stages = nn.Sequential(nn.Conv2d(3, D, 4, stride=4), trunk(D, dim))
         self.head = nn.Module()
         self.head.norm, self.head.fc = Norm2d(dim), nn.Linear(dim, classes)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoseg import ContextPrototypeBank, VisionPrototypeLearner, attach
 from tests import hosts
-from tests.stand_ins import AMN, SIPE, AMNFirst, MCTformer, Transformer, pictures, trunk
+from tests.stand_ins import AMN, SIPE, AMNFirst, MCTformer, Transformer, pictures
 
 
 class Classifier(nn.Module):
@@ -30,7 +30,8 @@ class Classifier(nn.Module):
 
 
 def resnet(channels: int = 2048, classes: int = 20) -> nn.Module:
-    layers = {"layer4": trunk(outputs=channels), "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(1)}
+    stage = nn.Sequential(nn.Conv2d(3, channels, 8, stride=8), nn.ReLU(inplace=True))
+    layers = {"layer4": stage, "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(1)}
     network = nn.Sequential()
     for name, layer in {**layers, "fc": nn.Linear(channels, classes)}.items():
         network.add_module(name, layer)
