@@ -32,8 +32,8 @@ class Wide(nn.Module):
     def __init__(self, classes: int = C, dim: int = D, *, pool: bool = False, twice: bool = False) -> None:
         super().__init__()
         self.pool, self.twice = pool, twice
-        self.conv1a = nn.Conv2d(3, dim, 3, stride=2, padding=1)
-        self.b2, self.b3 = WideBlock(dim, dim), WideBlock(dim, dim)
+        self.conv1a = nn.Conv2d(3, D, 3, stride=2, padding=1)
+        self.b2, self.b3 = WideBlock(D, D), WideBlock(D, dim)
         self.fc8 = nn.Conv2d(dim, classes, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def weclip(found: dict[str, Any]) -> dict[str, Any]:
     model = hosts.WeCLIP(20)
     surroundings = clip_es(found)
     learner = VisionPrototypeLearner(model.fg_text_features)
-    names = {"img_names": ["a"] * 4, "seg_loss": torch.ones(()), "cls_label": found["label"], "learner": learner}
+    names = {"img_names": ["a"] * 4, "seg_loss": torch.ones(()), "cls_labels": found["label"], "learner": learner}
     return {**surroundings, **names, "model": model}
 
 
