@@ -231,6 +231,9 @@ class CAMReader:
                 f"attach: {self._cam!r} takes {weight.shape[1]} channels and the features have "
                 f"{features.shape[1]}; name as features what is pooled before it{last}"
             )
+        # What inference_mode has made cannot have a graph.
+        if features.is_inference():
+            weight = weight.detach()
         cam = F.conv2d(features, weight.to(features.dtype))
         if captured is not None and not self._compared:
             self._compare(features, weight, bias, captured, survey)
