@@ -80,7 +80,7 @@ def train(network: nn.Module, data: VOCFolder, args: argparse.Namespace) -> None
             labels = torch.stack([sample.labels for sample in samples])
             loss = F.multilabel_soft_margin_loss(network(images), labels)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             scheduler.step()
 

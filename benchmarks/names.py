@@ -8,6 +8,7 @@ it captures the same tensors as the names that are known to be right, whatever i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -67,9 +68,8 @@ def transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Mod
     """Build a network of transformers, small."""
 
     def build() -> nn.Module:
-        import transformers
-
-        network: nn.Module = getattr(transformers, model)(getattr(transformers, config)(num_labels=CLASSES, **options))
+        package = importlib.import_module("transformers")
+        network: nn.Module = getattr(package, model)(getattr(package, config)(num_labels=CLASSES, **options))
         return network
 
     return build
