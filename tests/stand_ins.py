@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg import VisionPrototypeLearner
-
 C, D = 4, 8
 
 
@@ -146,64 +144,3 @@ def pictures(count: int = 4, side: int = 64, classes: int = C) -> tuple[Tensor, 
         labels[index, index % 3] = 1
         images[index, index % 3, side // 4 : side // 2, side // 4 : 3 * side // 4] += 0.8
     return images, labels
-
-
-class Classifier(nn.Module):
-    """A torchvision classifier's names, inside of what looks like a LightningModule."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = resnet()
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        return F.multilabel_soft_margin_loss(self.model(batch[0]), batch[1])
-
-
-def resnet(channels: int = 2048, classes: int = 20) -> nn.Module:
-    layers = {"layer4": trunk(outputs=channels), "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(1)}
-    network = nn.Sequential()
-    for name, layer in {**layers, "fc": nn.Linear(channels, classes)}.items():
-        network.add_module(name, layer)
-    return network
-
-
-def recipe(section: str) -> dict[str, Any]:
-    """What the code of a section of docs/plug-in.md finds around it in its code base."""
-    torch.manual_seed(0)
-    images, label = pictures(classes=20)
-    found: dict[str, Any] = {"F": F, "device": "cpu", "img": images, "label": label}
-    if section == "In short":
-        return {**found, "model": resnet(), "criterion": F.multilabel_soft_margin_loss}
-    if section == "AMN":
-        found |= {"cam_model": AMNFirst(20, 2048), "model": AMN(20, 2048), "label_cls": label}
-        return {**found, "loss_pcl": lambda logit: logit.square().mean()}
-    if section == "MCTformer":
-        return {**found, "model": MCTformer(20, 384, plus=True), "samples": images, "targets": label}
-    if section == "SIPE":
-        masks = F.pad(label, (1, 0), value=1)[..., None, None]
-        return {**found, "model": SIPE(20, 2048), "valid_mask_lowres": masks, "label": label[..., None, None]}
-    if section == "CLIP-ES":
-        unit = F.normalize(torch.randn(12, 512), dim=-1)
-        return {
-            **found,
-            "fg_text_features": torch.randn(20, 512).half(),
-            "features": unit,
-            "labels": label.repeat(3, 1),
-        }
-    if section == "WeCLIP":
-        maps = {"segs": torch.randn(4, 21, 8, 8), "patches": torch.randn(4, 512, 8, 8, requires_grad=True)}
-        return {
-            **found,
-            **maps,
-            "seg_loss": torch.ones(()),
-            "labels": label,
-            "learner": VisionPrototypeLearner(torch.randn(20, 512)),
-        }
-    if section == "A vision transformer of timm":
-        return {**found, "vit": Transformer(20, 384)}
-    if section == "Grouping transformers":
-        tokens = {"tokens": torch.randn(2, 196, 384), "group_tokens": torch.randn(2, 64, 384, requires_grad=True)}
-        return {**found, **tokens, "contrastive_loss": torch.ones(())}
-    return {**found, "Classifier": Classifier}

@@ -6,7 +6,6 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from protoseg import ContextPrototypeBank, attach
-from protoseg.tap import _rank
+from protoseg.tap.recorder import _rank
 from tests.stand_ins import AMN, SIPE, AMNFirst, C, D, MCTformer, Transformer, pictures
 
 
@@ -289,7 +288,7 @@ class TestModes:
                 losses.append((loss, [each.grad.clone() for each in network.parameters() if each.grad is not None]))
         torch.testing.assert_close(losses[0], losses[1])
         runs(x)  # released
-        assert not tap._seen
+        assert not tap._recorder.holding
         assert not leftovers(network)
 
     def test_data_parallel_before_and_after(self) -> None:
@@ -303,18 +302,17 @@ class TestModes:
     def test_parts_of_several_devices_come_in_the_order_of_the_batch(self) -> None:
         """As the replicas of DataParallel leave them, whichever is done first."""
         network, (x, _) = AMNFirst(), pictures()
-        wrapped = SimpleNamespace(device_ids=[1, 0])
         with attach(network, features="stage4", cam="classifier", bank=bank()) as tap:
             whole = network(x)
             features = tap.features
             tap.clear()
-            tap._devices = wrapped.device_ids
+            kept = tap._recorder._kept[True]
             for index, part in ((0, slice(2, 4)), (1, slice(0, 2))):
                 network(x[part])
-                tap._seen[torch.device("cuda", index)] = tap._seen.pop(torch.device("cpu"))
-            order = sorted(tap._seen, key=lambda device: _rank(device, tap._devices))
+                kept[torch.device("cuda", index)] = kept.pop(torch.device("cpu"))
+            order = sorted(kept, key=lambda device: _rank(device, [1, 0]))
             assert [device.index for device in order] == [1, 0]
-            parts = [tap._seen[device][0].seen["features"].tensor for device in order]
+            parts = [kept[device][0].seen["features"].tensor for device in order]
         torch.testing.assert_close(torch.cat(parts), features)
         assert whole.shape == (4, C)
 

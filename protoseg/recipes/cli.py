@@ -30,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Its flags, --help among them, are read by the recipe.
         recipes.add_parser(name, help=what, add_help=False)
 
+    what = "print which layers of a network can be named as features and CAM"
+    commands.add_parser("layers", help=what, add_help=False)
+
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["layers"]:
+        importlib.import_module("protoseg.recipes.layers").main(arguments[1:])
+        return
     chosen = parser.parse_args(arguments[:2])
     module, _ = RECIPES[chosen.recipe]
     importlib.import_module(module).main(arguments[2:])
