@@ -21,7 +21,16 @@ from protoseg.utils import checks
 from protoseg.utils.extras import require
 from protoseg.utils.numeric import no_autocast, unit
 
-__all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "Pooling", "linear_cam"]
+__all__ = [
+    "BACKGROUND",
+    "TEMPLATES",
+    "Dense",
+    "FrozenCLIP",
+    "Pooling",
+    "background_names",
+    "linear_cam",
+    "readable",
+]
 
 Pooling = Literal["patches", "token"]
 # Sentences that a class's name is put into; the first is that of CLIP-ES.
@@ -32,6 +41,8 @@ BACKGROUND = (
     *("railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley"),
     *("bridge", "sign"),
 )
+# Names of VOC in which two words are one.
+_COMPOUNDS = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 class Dense(NamedTuple):
@@ -187,6 +198,11 @@ class FrozenCLIP(nn.Module):
         return self._tower.attends
 
     @property
+    def linear(self) -> bool:
+        """Whether Grad-CAM follows from the features alone, by :func:`linear_cam`."""
+        return self._tower.linear
+
+    @property
     def _weight(self) -> Tensor:
         """The first weight: pictures go to its device in its precision."""
         return next(part.weight for part in self.visual.modules() if isinstance(part, nn.Conv2d))
@@ -306,6 +322,7 @@ class FrozenCLIP(nn.Module):
         labels: Tensor | None = None,
         *,
         pooling: Pooling = "patches",
+        seen: Dense | None = None,
     ) -> Tensor:
         r"""Grad-CAM of each class on the tokens before the last block's attention (CLIP-ES), or a ResNet's last map.
 
@@ -335,6 +352,7 @@ class FrozenCLIP(nn.Module):
             background: ``[K, E]``, what takes part in the softmax without a map.
             labels: ``[B, C]``; maps of absent classes are 0, and take no time.
             pooling: As of :meth:`encode`.
+            seen: What :meth:`encode` gave of the pictures; saves a model that pools linearly a second look at them.
 
         Returns:
             ``[B, C, h, w]`` of at least 0, float32, without gradient.
@@ -356,7 +374,8 @@ class FrozenCLIP(nn.Module):
             checks.multi_hot(me, "labels", labels)
             present = (labels != 0).to(images.device)
         if tower.linear:
-            maps = linear_cam(self.encode(images, pooling=pooling), every, len(prototypes), self.temperature)
+            seen = self.encode(images, pooling=pooling) if seen is None else seen
+            maps = linear_cam(seen, every, len(prototypes), self.temperature)
             return maps.masked_fill_(~present[:, :, None, None], 0)
 
         # Copies, as the graph may not hold what was made in inference mode.
@@ -440,6 +459,38 @@ class FrozenCLIP(nn.Module):
                 f"{(height, width)}; prepare(image) sees to it"
             )
         return height // patch, width // patch
+
+
+def readable(name: str) -> str:
+    """A class's name as people write it in a sentence.
+
+    Example:
+        >>> readable("traffic_light"), readable("pottedplant"), readable("cat")
+        ('traffic light', 'potted plant', 'cat')
+    """
+    return _COMPOUNDS.get(name, " ".join(name.replace("_", " ").split()))
+
+
+def background_names(
+    classes: Sequence[str | Sequence[str]], names: Sequence[str] = BACKGROUND
+) -> tuple[list[str], list[str]]:
+    """Background prompts without those that are classes, which would share their probability with them.
+
+    Args:
+        classes: A name per class, or several.
+        names: Of what pictures show besides.
+
+    Returns:
+        The names that stay, and those that do not.
+
+    Example:
+        >>> background_names(["grass", ["car", "automobile"]], ["sky", "grass"])
+        (['sky'], ['grass'])
+    """
+    several = [[each] if isinstance(each, str) else each for each in classes]
+    taken = {readable(name).casefold() for each in several for name in each}
+    kept = [name for name in names if readable(name).casefold() not in taken]
+    return kept, [name for name in names if name not in kept]
 
 
 @torch.no_grad()

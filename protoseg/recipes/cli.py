@@ -16,6 +16,9 @@ RECIPES = {
     "pgseg": ("protoseg.recipes.pgseg", "masks for classes by name, from pictures with sentences (PGSeg)"),
     "vpl": ("protoseg.recipes.vpl", "masks from image-level tags, by a frozen CLIP and prototypes in it (VPL)"),
 }
+COMMANDS = {
+    "segment": ("protoseg.recipes.segment", "masks of a folder of pictures, for classes by name, without training"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Its flags, --help among them, are read by the recipe.
         recipes.add_parser(name, help=what, add_help=False)
 
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = parser.parse_args(arguments[:2])
-    module, _ = RECIPES[chosen.recipe]
-    importlib.import_module(module).main(arguments[2:])
+    words = 1 if arguments[:1] and arguments[0] in COMMANDS else 2
+    chosen = parser.parse_args(arguments[:words])
+    module, _ = COMMANDS[chosen.command] if words == 1 else RECIPES[chosen.recipe]
+    importlib.import_module(module).main(arguments[words:])
