@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     prompts: str = "single"
     background: int = 25
     balance: int = 0
-    sides: tuple[int, ...] = (288,)
+    sides: tuple[int, ...] = (224,)
     affinity: bool = False
 
 
@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "background": (0, 10, 25),
     "balance": (0, 20),
     "affinity": (False, True),
-    "sides": ((224,), (288,), (352,), (224, 352)),
+    "sides": ((224,), (288,), (224, 288)),
 }
 
 
@@ -209,10 +209,11 @@ class Bench:
         return found
 
 
-def run(name: str, splits: dict[str, Pictures], command: str, folder: Path, options: bool) -> dict[str, Any]:
-    """All tables of a data set."""
-    clip = FrozenCLIP.pocket()
-    bench = Bench(clip, splits, folder / "features")
+def run(
+    splits: dict[str, Pictures], command: str, folder: Path, options: bool, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All tables of a data set; ``save`` is told after each of them."""
+    bench = Bench(FrozenCLIP.pocket(), splits, folder / "features")
     summary: dict[str, Any] = {"command": command, "trivial": trivial(splits["eval"], splits["eval"])}
     # A quarter of a large set is enough to choose on.
     every = 4 if len(splits["train"]) > 1000 else 1
@@ -223,24 +224,25 @@ def run(name: str, splits: dict[str, Pictures], command: str, folder: Path, opti
     for kind in KINDS:
         setting = default._replace(kind=kind)
         summary["kinds"][kind] = {**bench.score(setting), "top1": bench.top1(setting)}
-        print(kind, summary["kinds"][kind], flush=True)
-    summary["untagged"] = {
-        kind: bench.score_untagged(default._replace(kind=kind), every) for kind in ("text", "vision")
-    }
-    print(summary["untagged"], flush=True)
+        save(summary)
 
+    summary["options"], best = {}, default
+    for option, values in OPTIONS.items() if options else ():
+        rows = {str(each): bench.score(default._replace(**{option: each}), every) for each in values}
+        summary["options"][option] = rows
+        chosen = max(values, key=lambda each, rows=rows: rows[str(each)]["train"])  # type: ignore[misc]
+        best = best._replace(**{option: chosen})
+        save(summary)
     if options:
-        summary["options"], best = {}, default
-        for option, values in OPTIONS.items():
-            rows = {str(each): bench.score(default._replace(**{option: each}), every) for each in values}
-            summary["options"][option] = rows
-            print(option, rows, flush=True)
-            chosen = max(values, key=lambda each, rows=rows: rows[str(each)]["train"])
-            best = best._replace(**{option: chosen})
-        summary["best"] = {"setting": best._asdict(), **bench.score(best)}
-        summary["best, mean feature"] = bench.score(best._replace(kind="mean"))
-        summary["best, text"] = bench.score(best._replace(kind="text"))
-        print(summary["best"], flush=True)
+        summary["best"] = {"setting": best._asdict()}
+        for kind in ("vision", "mean", "text"):
+            summary["best"][kind] = bench.score(best._replace(kind=kind), every)
+            save(summary)
+
+    summary["untagged"] = {}
+    for kind in ("text", "vision"):
+        summary["untagged"][kind] = bench.score_untagged(best._replace(kind=kind), every)
+        save(summary)
     return summary
 
 
@@ -251,7 +253,8 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     text += "training pictures' threshold. Zero-shot: share of the pictures whose nearest prototype is one of their "
     text += "tags, at 224 pixels.\n\n"
     text += "Prototypes are learnt at that size too. Masks that know nothing of the unseen pictures but their tags: "
-    text += f"one everywhere {summary['trivial']['tag']:.3f}, one in a centered ellipse of the size that is best there {summary['trivial']['disc']:.3f}.\n"
+    text += f"one everywhere {summary['trivial']['tag']:.3f}, one in a centered ellipse of the size that is best there "
+    text += f"{summary['trivial']['disc']:.3f}.\n"
     rows = [
         [kind, *_cells(each), *(f"{each['top1'][split]:.3f}" for split in ("train", "eval"))]
         for kind, each in summary["kinds"].items()
@@ -259,24 +262,22 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     head = ["prototypes", "train", "unseen", "threshold", "zero-shot train", "zero-shot unseen"]
     text += "\n## Kinds of prototypes\n\n" + table(head, rows)
 
-    rows = [
-        [kind, *(f"{each[key]:.3f}" for key in ("train", "eval", "presence", "threshold"))]
-        for kind, each in summary["untagged"].items()
-    ]
-    part = f"one of {summary['chosen on one of']} of the training pictures"
-    text += (
-        f"\n## Without tags\n\nThe prototypes say what is there; presence and threshold that are best on {part}.\n\n"
-    )
-    text += table(["prototypes", "train", "unseen", "presence", "threshold"], rows)
-
+    part = "the training pictures"
+    if summary["chosen on one of"] > 1:
+        part = f"one of {summary['chosen on one of']} of {part}"
     for option, values in summary.get("options", {}).items():
         rows = [[value, *_cells(each)] for value, each in values.items()]
-        text += f"\n## {option}\n\nChosen on {part}.\n\n" + table([option, "train", "unseen", "threshold"], rows)
+        text += f"\n## {option}\n\nTrain: {part}.\n\n" + table([option, "train", "unseen", "threshold"], rows)
     if "best" in summary:
-        rows = [["vision", *_cells(summary["best"])]]
-        rows += [[kind, *_cells(summary[f"best, {kind}"])] for kind in ("mean feature", "text")]
-        text += f"\n## The best of each on the training pictures\n\n`{json.dumps(summary['best']['setting'])}`\n\n"
+        rows = [[kind, *_cells(each)] for kind, each in summary["best"].items() if kind != "setting"]
+        text += f"\n## The best of each, chosen on {part}\n\n`{json.dumps(summary['best']['setting'])}`\n\n"
         text += table(["prototypes", "train", "unseen", "threshold"], rows)
+
+    rows = []
+    for kind, each in summary.get("untagged", {}).items():
+        rows.append([kind, *(f"{each[key]:.3f}" for key in ("train", "eval", "presence", "threshold"))])
+    text += f"\n## Without tags\n\nThe prototypes say what is there; presence and threshold are the best on {part}.\n\n"
+    text += table(["prototypes", "train", "unseen", "presence", "threshold"], rows)
     return text
 
 

@@ -195,8 +195,13 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
     splits = {key: Pictures(VOCFolder(args.data, split)) for key, split in (("train", "train"), ("eval", "val"))}
     sets = [] if set(args.sets) == set(VARIANTS) else ["--sets", *args.sets]
     command = " ".join(["python benchmarks/accuracy_vpl.py --clip pocket --data", shown, *sets])
-    summary = _pocket.run(name, splits, command, args.runs / f"{name}-pocket", "prompts" in args.sets)
-    write(args.output / f"accuracy-vpl-{name}-pocket", summary, _pocket.markdown(name, summary))
+    page = args.output / f"accuracy-vpl-{name}-pocket"
+
+    def save(summary: dict[str, Any]) -> None:
+        write(page, summary, _pocket.markdown(name, summary))
+
+    folder = args.runs / f"{name}-pocket"
+    summary: dict[str, Any] = _pocket.run(splits, command, folder, "prompts" in args.sets, save)
     return summary
 
 

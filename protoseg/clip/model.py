@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from protoseg.clip import pocket
 from protoseg.clip.towers import Grid, tower_of
+from protoseg.models.checkpoints import is_torchscript, read_torchscript
 from protoseg.models.weights import read_file
 from protoseg.utils import checks
 from protoseg.utils.extras import require
@@ -543,12 +545,13 @@ def load_open_clip(
         return open_clip.create_model(name, force_quick_gelu=bool(quick_gelu), **given), tokenizer
 
     if Path(pretrained).is_file():
-        state = read_file(Path(pretrained))
-        # OpenAI's archives tell these numbers beside the weights.
+        scripted = is_torchscript(pretrained)
+        state = read_torchscript(pretrained) if scripted else read_file(Path(pretrained))
+        # OpenAI's archives, and state dicts made of them, tell these numbers beside the weights.
         theirs = {"input_resolution", "context_length", "vocab_size"}
         quick = bool(quick_gelu)
         if quick_gelu is None:
-            quick = theirs <= state.keys()
+            quick = scripted or theirs <= state.keys()
             if not quick and "quickgelu" not in name:
                 warnings.warn(
                     f"FrozenCLIP: {pretrained} does not say whether its weights were trained with QuickGELU, and GELU "
@@ -563,9 +566,10 @@ def load_open_clip(
                 torch.save(weights, Path(folder, "weights.pt"))
                 open_clip.load_checkpoint(model, str(Path(folder, "weights.pt")))
         except (KeyError, RuntimeError) as error:
+            found = ", ".join(list(weights)[:5])
             raise ValueError(
-                f"FrozenCLIP: the tensors of {pretrained} are not those of {name}: {error}; found are "
-                f"{', '.join(list(weights)[:5])} and others"
+                f"FrozenCLIP: the tensors of {pretrained} are not those of {name}; found are {found} and others: "
+                f"{textwrap.shorten(str(error), 300)}"
             ) from error
         return model, tokenizer
 
