@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accuracy import table
 from torch import Tensor
 
@@ -27,7 +28,6 @@ SYNONYMS = {
     "motorbike": ["motorcycle"], "person": ["man", "woman", "people"], "sofa": ["couch"], "body": ["person"],
     "train": ["railway train"], "tvmonitor": ["television", "screen"], "sign": ["road sign"],
 }  # fmt: skip
-LEARNT_AT = 224  # pixels of the shorter side, those that the classifier was trained at
 KINDS = ("text", "text_centered", "vision", "mean")
 
 
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
         prompts: ``"single"``, ``"ensemble"`` or ``"synonyms"``.
         background: How many background prompts, of CLIP-ES's list, and not the classes' own names.
         balance: Rounds of Sinkhorn.
-        sides: Lengths of the shorter side in pixels; maps of several are averaged.
+        scales: Of the pictures' own size; maps of several are averaged.
         affinity: Whether the affinity of features refines the map.
     """
 
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     prompts: str = "single"
     background: int = 25
     balance: int = 0
-    sides: tuple[int, ...] = (224,)
+    scales: tuple[float, ...] = (1.0,)
     affinity: bool = False
 
 
@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "background": (0, 10, 25),
     "balance": (0, 20),
     "affinity": (False, True),
-    "sides": ((224,), (288,), (224, 288)),
+    "scales": ((1.0,), (1.25,), (1.0, 1.25)),
 }
 
 
@@ -80,27 +80,34 @@ class Bench:
         self.clip, self.splits, self.folder = clip, splits, folder
         self.classes = splits["train"].classes
         self.labels = {split: torch.stack([each.labels for each in pictures]) for split, pictures in splits.items()}
-        self._pooled: dict[tuple[str, int], Tensor] = {}
+        self._pooled: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def features(self, split: str, index: int, side: int) -> Tensor:
+    def features(self, split: str, index: int, scale: float) -> Tensor:
         """The map ``[E, h, w]`` of a picture, kept in half precision."""
-        path = self.folder / f"{split}-{side}" / f"{index}.pt"
+        path = self.folder / f"{split}-{scale}" / f"{index}.pt"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = self.clip.prepare(self.splits[split][index].image, side)
             with replacing(path) as file:
+                pixels = self.pixels(self.splits[split][index].image, scale)
                 torch.save(self.clip.encode(pixels).features[0].half().contiguous(), file)
         found: Tensor = torch.load(path, weights_only=True)
         return found.float()
 
-    def pooled(self, split: str, side: int) -> Tensor:
-        """Unit features of whole pictures, ``[n, E]``."""
-        if (split, side) not in self._pooled:
+    def pixels(self, image: Tensor, scale: float) -> Tensor:
+        """A picture at a scale of its own size, sides multiples of 32, the classifier's whole stride."""
+        sides = [max(1, round(side * scale / 32)) * 32 for side in image.shape[-2:]]
+        large = F.interpolate(image[None].float(), sides, mode="bicubic", antialias=True).clamp(0, 255) / 255
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.clip.mean, self.clip.std))
+        return (large - mean) / std
+
+    def pooled(self, split: str) -> Tensor:
+        """Unit features of whole pictures at their own size, ``[n, E]``."""
+        if split not in self._pooled:
             count = len(self.splits[split])
-            means = [self.features(split, index, side).mean((-2, -1)) for index in range(count)]
-            self._pooled[split, side] = unit(torch.stack(means))
-        return self._pooled[split, side]
+            means = [self.features(split, index, 1.0).mean((-2, -1)) for index in range(count)]
+            self._pooled[split] = unit(torch.stack(means))
+        return self._pooled[split]
 
     def texts(self, prompts: str, background: int) -> tuple[Tensor, Tensor]:
         """Text prototypes of classes and background."""
@@ -122,7 +129,7 @@ class Bench:
         if setting.kind == "text_centered":
             return unit(text - text.mean(0)), background
 
-        pooled, labels = self.pooled("train", LEARNT_AT), self.labels["train"]
+        pooled, labels = self.pooled("train"), self.labels["train"]
         if setting.kind == "mean":
             return unit(labels.T @ pooled / labels.sum(0)[:, None]), background
         learner = VisionPrototypeLearner(
@@ -138,8 +145,8 @@ class Bench:
         every = torch.cat(found)
         there = labels.nonzero().flatten()
         total: Tensor | None = None
-        for side in setting.sides:
-            features = self.features(split, index, side)[None]
+        for scale in setting.scales:
+            features = self.features(split, index, scale)[None]
             seen = Dense(features, unit(features.mean((-2, -1))), None)
             maps = max_normalize(linear_cam(seen, every, len(self.classes), setting.temperature))
             if setting.affinity:
@@ -148,7 +155,7 @@ class Bench:
             total = larger if total is None else total + larger
         assert total is not None
         full = torch.zeros(len(self.classes), *total.shape[1:])
-        full[there] = (total / len(setting.sides)).clamp(0, 1)
+        full[there] = (total / len(setting.scales)).clamp(0, 1)
         return full
 
     def score(self, setting: Setting, every: int = 1) -> dict[str, float]:
@@ -180,7 +187,7 @@ class Bench:
         (classes, background), best = self.prototypes(setting), {}
         every = torch.cat([classes, background])
         for split, pictures in self.splits.items():
-            pooled = self.pooled(split, LEARNT_AT)
+            pooled = self.pooled(split)
             shares = (pooled @ unit(every).T / setting.temperature).softmax(-1)[:, : len(self.classes)]
             wanted = presences if split == "train" else [best["presence"]]
             for presence in wanted:
@@ -204,7 +211,7 @@ class Bench:
         found = {}
         for split, labels in self.labels.items():
             tagged = labels.any(1)
-            nearest = (self.pooled(split, LEARNT_AT) @ classes.T).argmax(1, keepdim=True)
+            nearest = (self.pooled(split) @ classes.T).argmax(1, keepdim=True)
             found[split] = float(labels.gather(1, nearest)[tagged].mean())
         return found
 
@@ -215,15 +222,15 @@ def run(
     """All tables of a data set; ``save`` is told after each of them."""
     bench = Bench(FrozenCLIP.pocket(), splits, folder / "features")
     summary: dict[str, Any] = {"command": command, "trivial": trivial(splits["eval"], splits["eval"])}
-    # A quarter of a large set is enough to choose on.
+    # A quarter of a large set is enough to score and choose on.
     every = 4 if len(splits["train"]) > 1000 else 1
-    summary["chosen on one of"] = every
+    summary["train, every"] = every
 
     default = Setting()
     summary["kinds"] = {}
     for kind in KINDS:
         setting = default._replace(kind=kind)
-        summary["kinds"][kind] = {**bench.score(setting), "top1": bench.top1(setting)}
+        summary["kinds"][kind] = {**bench.score(setting, every), "top1": bench.top1(setting)}
         save(summary)
 
     summary["options"], best = {}, default
@@ -251,8 +258,8 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     text = f"# VPL on {name}, with the pocket model\n\n`{summary['command']}`; nothing is random. Grad-CAM with tags, "
     text += "mIoU with background at the best threshold of each split; in brackets on the unseen pictures at the "
     text += "training pictures' threshold. Zero-shot: share of the pictures whose nearest prototype is one of their "
-    text += "tags, at 224 pixels.\n\n"
-    text += "Prototypes are learnt at that size too. Masks that know nothing of the unseen pictures but their tags: "
+    text += "tags. Prototypes are learnt from all training pictures.\n\n"
+    text += "Masks that know nothing of the unseen pictures but their tags: "
     text += f"one everywhere {summary['trivial']['tag']:.3f}, one in a centered ellipse of the size that is best there "
     text += f"{summary['trivial']['disc']:.3f}.\n"
     rows = [
@@ -260,11 +267,11 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
         for kind, each in summary["kinds"].items()
     ]
     head = ["prototypes", "train", "unseen", "threshold", "zero-shot train", "zero-shot unseen"]
-    text += "\n## Kinds of prototypes\n\n" + table(head, rows)
-
     part = "the training pictures"
-    if summary["chosen on one of"] > 1:
-        part = f"one of {summary['chosen on one of']} of {part}"
+    if summary["train, every"] > 1:
+        part = f"every {summary['train, every']}th of {part}"
+    text += f"\n## Kinds of prototypes\n\nTrain: {part}.\n\n" + table(head, rows)
+
     for option, values in summary.get("options", {}).items():
         rows = [[value, *_cells(each)] for value, each in values.items()]
         text += f"\n## {option}\n\nTrain: {part}.\n\n" + table([option, "train", "unseen", "threshold"], rows)

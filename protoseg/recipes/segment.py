@@ -187,18 +187,26 @@ def read_batch(args: SegmentOptions, batch: Sequence[Path], broken: dict[str, st
     return list(groups.values())
 
 
+def prototypes(clip: FrozenCLIP, args: SegmentOptions, accelerator: Accelerator) -> tuple[Tensor, Tensor | None]:
+    """What pictures are compared with: the classes, and what else they show."""
+    classes = clip.text_prototypes([readable(name) for name in args.classes], args.templates or None)
+    if not args.background:
+        return classes, None
+    others, left_out = background_names(args.classes, args.background_names or BACKGROUND)
+    if left_out:
+        accelerator.print(f"background prompts left out, as they are classes: {', '.join(left_out)}")
+    return classes, clip.text_prototypes(others, args.templates or None) if others else None
+
+
 def segment_pictures(
-    clip: FrozenCLIP, batches: Sequence[Sequence[Path]], args: SegmentOptions, accelerator: Accelerator
+    clip: FrozenCLIP,
+    classes: Tensor,
+    background: Tensor | None,
+    batches: Sequence[Sequence[Path]],
+    args: SegmentOptions,
+    accelerator: Accelerator,
 ) -> Found:
     """Write the masks of this process's batches."""
-    classes = clip.text_prototypes([readable(name) for name in args.classes], args.templates or None)
-    others, left_out = background_names(args.classes, args.background_names or BACKGROUND)
-    background = None
-    if args.background:
-        if left_out:
-            accelerator.print(f"background prompts left out, as they are classes: {', '.join(left_out)}")
-        background = clip.text_prototypes(others, args.templates or None) if others else None
-
     empty: list[str] = []
     broken: dict[str, str] = {}
     there: Counter[str] = Counter()
@@ -261,10 +269,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         clip = FrozenCLIP.pocket(device=accelerator.device)
     else:
         clip = FrozenCLIP.load(args.clip, args.pretrained, device=accelerator.device, precision=args.clip_precision)
+    # Names that do not suit stop here, before an older run's files go.
+    classes, background = prototypes(clip, args, accelerator)
     prepare_output(args, accelerator)
 
     began = time.monotonic()
-    parts = gather_object([segment_pictures(clip, plan(args, files), args, accelerator)])
+    parts = gather_object([segment_pictures(clip, classes, background, plan(args, files), args, accelerator)])
     seconds = time.monotonic() - began
 
     broken = {name: reason for part in parts for name, reason in part.broken.items()}
