@@ -185,19 +185,18 @@ class Bench:
     ) -> dict[str, Any]:
         """Mean IoU where the model itself says what is there, at the training pictures' best presence and threshold."""
         (classes, background), best = self.prototypes(setting), {}
-        every = torch.cat([classes, background])
+        vectors = torch.cat([classes, background])
         for split, pictures in self.splits.items():
             pooled = self.pooled(split)
-            shares = (pooled @ unit(every).T / setting.temperature).softmax(-1)[:, : len(self.classes)]
+            shares = (pooled @ unit(vectors).T / setting.temperature).softmax(-1)[:, : len(self.classes)]
             wanted = presences if split == "train" else [best["presence"]]
             for presence in wanted:
                 sweep = ThresholdSweep(len(self.classes))
                 for index in range(0, len(pictures), every if split == "train" else 1):
                     sample = pictures[index]
                     there = (shares[index] >= presence).float()
-                    sweep.update(
-                        self.maps(split, index, setting, (classes, background)).clamp(0, 1), there, sample.mask
-                    )
+                    maps = self.maps(split, index, setting, (classes, background), there)
+                    sweep.update(maps, there, sample.mask)
                 result = sweep.result()
                 if split == "eval":
                     best["eval"] = result.at(best["threshold"]).miou
