@@ -184,7 +184,8 @@ class Bench:
         self, setting: Setting, every: int = 1, presences: Sequence[float] = (0.03, 0.1, 0.3)
     ) -> dict[str, Any]:
         """Mean IoU where the model itself says what is there, at the training pictures' best presence and threshold."""
-        (classes, background), best = self.prototypes(setting), {}
+        classes, background = self.prototypes(setting)
+        best: dict[str, Any] = {}
         vectors = torch.cat([classes, background])
         for split, pictures in self.splits.items():
             pooled = self.pooled(split)

@@ -177,7 +177,8 @@ class PocketCLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Bring texts ``[n, T]`` into the space of the pictures, ``[n, W]``."""
-        return (self.encoder(tokens) - self.origin) @ self.bridge
+        texts: Tensor = self.encoder(tokens)
+        return (texts - self.origin) @ self.bridge
 
 
 def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
@@ -199,7 +200,8 @@ def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
     known = inputs.double()
     gram = known.T @ known
     gram.diagonal().add_(strength)
-    return torch.linalg.solve(gram, known.T @ targets.double()).to(targets.dtype)
+    found: Tensor = torch.linalg.solve(gram, known.T @ targets.double())
+    return found.to(targets.dtype)
 
 
 def definitions() -> list[str]:

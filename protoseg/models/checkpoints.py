@@ -130,7 +130,8 @@ class _ScriptUnpickler(_Unpickler):
         _, kind, key, *_ = pid
         # A copy of the record's own bytes, so that no tensor can reach beyond them.
         content = torch.frombuffer(bytearray(self.archive.get_record(f"data/{key}")), dtype=torch.uint8)
-        return torch.storage.TypedStorage(wrap_storage=content.untyped_storage(), dtype=kind._dtype, _internal=True)
+        typed: Any = torch.storage.TypedStorage
+        return typed(wrap_storage=content.untyped_storage(), dtype=kind._dtype, _internal=True)
 
 
 def read_torchscript(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -229,7 +229,7 @@ def segment_pictures(
                 write(args, file, image, mask)
                 masks += 1
 
-                values = [value for value in mask.unique().tolist() if value]
+                values = [value for value in torch.unique(mask).tolist() if value]
                 there.update(args.classes[value - 1] for value in values)
                 if not values:
                     empty.append(str(file))
