@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy_vpl.py                                        # on made scenes
     python benchmarks/accuracy_vpl.py --data ../shared/data/msrc15 --sets maps -- --size 96 --clip-size 96
+    python benchmarks/accuracy_vpl.py --data ../shared/data/voc20 --clip pocket   # no runs: maps from kept features
 
 Runs ``protoseg train vpl`` for every variant and seed, ``--jobs`` runs at a time of one thread each; finished runs
 in ``--runs`` are kept. Writes ``accuracy-vpl-NAME.json`` and ``.md``.
@@ -182,10 +183,40 @@ def markdown(name: str, summary: dict[str, Any]) -> str:
     return text
 
 
+def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The tables of the pocket model."""
+    import _pocket
+    import torch
+
+    from protoseg.data import VOCFolder
+    from protoseg.recipes.pictures import Pictures
+
+    torch.set_num_threads(1)
+    splits = {key: Pictures(VOCFolder(args.data, split)) for key, split in (("train", "train"), ("eval", "val"))}
+    sets = [] if set(args.sets) == set(VARIANTS) else ["--sets", *args.sets]
+    command = " ".join(["python benchmarks/accuracy_vpl.py --clip pocket --data", shown, *sets])
+    page = args.output / f"accuracy-vpl-{name}-pocket"
+
+    def save(summary: dict[str, Any]) -> None:
+        write(page, summary, _pocket.markdown(name, summary))
+
+    folder = args.runs / f"{name}-pocket"
+    summary: dict[str, Any] = _pocket.run(splits, command, folder, "prompts" in args.sets, save)
+    return summary
+
+
+def write(page: Path, summary: dict[str, Any], text: str) -> None:
+    """Write the figures and the tables."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    page.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the tables; returns the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
+    parser.add_argument("--clip", choices=("small", "pocket"), default="small", help="whose maps")
     parser.add_argument("--sets", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
@@ -196,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.flags = [flag for flag in args.flags if flag != "--"]
     name = Path(args.data).name
     shown = name if Path(args.data).is_absolute() else args.data  # a path of one machine is nobody else's
+    if args.clip == "pocket":
+        return pocket(name, shown, args)
     # Bases of the variants that are asked for are run as well.
     wanted = {key: each for one in args.sets for key, each in VARIANTS[one].items()}
     bases = {each.base: VARIANTS["maps"][each.base] for each in wanted.values() if each.base}
@@ -203,10 +236,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = ["--", *args.flags] if args.flags else []
     command = " ".join(["python benchmarks/accuracy_vpl.py --data", shown, "--sets", *args.sets, *flags])
     summary = {**summarize(args.runs / name, args.sets, args.seeds), "command": command, "seeds": args.seeds}
-    args.output.mkdir(parents=True, exist_ok=True)
-    page = args.output / f"accuracy-vpl-{name}"
-    page.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    page.with_suffix(".md").write_text(markdown(name, summary), encoding="utf-8")
+    write(args.output / f"accuracy-vpl-{name}", summary, markdown(name, summary))
     return summary
 
 

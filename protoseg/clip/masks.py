@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from protoseg.functional import attention_affinity, feature_attention, max_norma
 from protoseg.utils import checks
 from protoseg.utils.numeric import unit
 
-__all__ = ["Segmented", "segment"]
+__all__ = ["Segmented", "segment", "segment_batch"]
 
 
 class Segmented(NamedTuple):
@@ -85,19 +86,70 @@ def segment(
         >>> found.mask.shape, found.maps.shape
         (torch.Size([40, 60]), torch.Size([2, 40, 60]))
     """
+    several = None if labels is None else labels[None]
+    return segment_batch(
+        clip, [image], prototypes, background, several, threshold=threshold, presence=presence, attentions=attentions,
+        pooling=pooling, short_side=short_side,
+    )[0]  # fmt: skip
+
+
+def segment_batch(
+    clip: FrozenCLIP,
+    images: Sequence[Tensor],
+    prototypes: Tensor,
+    background: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    threshold: float = 0.4,
+    presence: float = 0.1,
+    attentions: int = 8,
+    pooling: Pooling = "patches",
+    short_side: int | None = None,
+) -> list[Segmented]:
+    """:func:`segment` of pictures that the model sees at one size, together.
+
+    Args:
+        clip: The model.
+        images: Each ``[3, H, W]`` uint8, RGB; :meth:`FrozenCLIP.prepare` has to bring all of them to one size.
+        prototypes: As of :func:`segment`.
+        background: Likewise.
+        labels: ``[B, C]``.
+        threshold: As of :func:`segment`; so are the others.
+        presence: See above.
+        attentions: See above.
+        pooling: See above.
+        short_side: See above.
+
+    Raises:
+        ValueError: No picture, pictures of several sizes, wrong shapes, or a number out of range.
+        TypeError: A picture is not uint8.
+    """
     checks.unit_interval("segment", "threshold", threshold)
     checks.unit_interval("segment", "presence", presence)
-    pixels = clip.prepare(image, short_side)
+    prepared = [clip.prepare(image, short_side) for image in images]
+    if len({each.shape for each in prepared}) != 1:
+        sizes = sorted({tuple(each.shape[-2:]) for each in prepared})
+        raise ValueError(f"segment_batch: the model has to see all pictures at one size, got {sizes or 'no picture'}")
+    pixels = torch.cat(prepared)
     seen = clip.encode(pixels, attentions=min(attentions, clip.blocks) if clip.attends else 0, pooling=pooling)
+
+    # 1. Which classes are there.
+    every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
     if labels is None:
-        every = prototypes if background is None else torch.cat([prototypes, background.to(prototypes)])
         probability = (seen.pooled @ unit(every.to(seen.pooled)).T / clip.temperature).softmax(-1)
-        labels = (probability[0, : len(prototypes)] >= presence).to(pixels.dtype)
-    checks.shape("segment", "labels", labels, (len(prototypes),), "one number per prototype")
+        labels = (probability[:, : len(prototypes)] >= presence).to(pixels.dtype)
+    checks.shape("segment", "labels", labels, (len(images), len(prototypes)), "one number per prototype")
     labels = labels.to(pixels.device)
-    maps = max_normalize(clip.grad_cam(pixels, prototypes, background, labels[None], pooling=pooling))
+
+    # 2. Where they are.
+    maps = max_normalize(clip.grad_cam(pixels, prototypes, background, labels, pooling=pooling, seen=seen))
     if attentions:
         attention = feature_attention(seen.features) if seen.attention is None else seen.attention
         maps = max_normalize(refine_by_affinity(maps, attention_affinity(attention)))
-    maps = F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
-    return Segmented(to_mask(maps, labels, threshold).to(torch.uint8), maps, labels)
+
+    # 3. A class or background for each pixel.
+    results = []
+    for image, some, there in zip(images, maps, labels, strict=True):
+        large = F.interpolate(some[None], image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
+        results.append(Segmented(to_mask(large, there, threshold).to(torch.uint8), large, there))
+    return results

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
+from protoseg.clip import pocket
 from protoseg.clip.towers import Grid, tower_of
+from protoseg.models.checkpoints import is_torchscript, read_torchscript
+from protoseg.models.weights import read_file
 from protoseg.utils import checks
 from protoseg.utils.colors import normalize
 from protoseg.utils.extras import require
 from protoseg.utils.numeric import no_autocast, unit
 
-__all__ = ["BACKGROUND", "TEMPLATES", "Dense", "FrozenCLIP", "Pooling"]
+__all__ = [
+    "BACKGROUND",
+    "TEMPLATES",
+    "Dense",
+    "FrozenCLIP",
+    "Pooling",
+    "background_names",
+    "linear_cam",
+    "readable",
+]
 
 Pooling = Literal["patches", "token"]
 # Sentences that a class's name is put into; the first is that of CLIP-ES.
@@ -27,6 +44,8 @@ BACKGROUND = (
     *("railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley"),
     *("bridge", "sign"),
 )
+# Names of VOC in which two words are one.
+_COMPOUNDS = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 class Dense(NamedTuple):
@@ -58,6 +77,7 @@ class FrozenCLIP(nn.Module):
         tokenizer: Its tokenizer, texts to ``[n, T]``.
         mean: Of the model's normalization, red, green and blue.
         std: Likewise.
+        templates: Sentences with ``{}`` for a name; :meth:`text_prototypes` takes the first where none are given.
 
     Raises:
         ValueError: The model's vision network is of another kind.
@@ -82,46 +102,88 @@ class FrozenCLIP(nn.Module):
         *,
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        templates: Sequence[str] = TEMPLATES,
     ) -> None:
         super().__init__()
         self.model: Any = model.eval().requires_grad_(False)
         self.visual: Any = self.model.visual
         self._tower = tower_of(self.visual)
         self.tokenizer, self.mean, self.std = tokenizer, tuple(mean), tuple(std)
+        self.templates = tuple(templates)
+        # Texts that were encoded, and the weights that did it, so that those of other weights are never given out.
         self._texts: dict[str, Tensor] = {}
+        self._read_by: list[tuple[Tensor, int]] = []
 
     @classmethod
     def load(
-        cls, name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu", precision: str = "fp32"
+        cls,
+        name: str,
+        pretrained: str | os.PathLike[str] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        quick_gelu: bool | None = None,
     ) -> FrozenCLIP:
-        """Make one of open_clip's models.
+        """Make one of open_clip's models; nothing in a file is executed.
 
         Args:
-            name: Such as ``"ViT-B-16"`` or ``"RN50"``.
-            pretrained: A tag such as ``"openai"``, which is downloaded, or the path of a checkpoint; random weights
-                where not given.
+            name: Such as ``"ViT-B-16"`` or ``"RN50"``, or ``"hf-hub:OWNER/NAME"`` or ``"local-dir:FOLDER"``, which
+                bring their weights along.
+            pretrained: A tag such as ``"openai"``, which is downloaded, or the path of a checkpoint: safetensors, a
+                state dict alone or in a larger checkpoint, or one of OpenAI's own archives; random weights where not
+                given.
             device: Where to.
             precision: open_clip's: ``"fp32"``, ``"fp16"``, ``"bf16"`` and others.
+            quick_gelu: Whether the weights were trained with QuickGELU, as OpenAI's were. Tags and OpenAI's archives
+                say it themselves. Other files do not, and a wrong activation gives wrong features without an error: of
+                a file the name's own is taken, with a warning where this is not given.
 
         Raises:
             ImportError: open_clip is not installed.
-            ValueError: There is no such model or tag, where the message lists near ones; or its vision network is of
-                another kind.
+            FileNotFoundError: The folder of ``local-dir:`` is not there.
+            ValueError: There is no such model or tag, where the message lists near ones; the file holds no weights of
+                the model; or its vision network is of another kind.
         """
-        open_clip = require("open_clip", "FrozenCLIP.load", "clip")
-        if name not in (names := open_clip.list_models()):
-            raise ValueError(f"FrozenCLIP: no model {name!r} in open_clip; near ones: {_near(name, names)}")
-        if pretrained is not None and not Path(pretrained).is_file():
-            tags = [tag for model, tag in open_clip.list_pretrained() if model == name]
-            if pretrained not in tags:
-                raise ValueError(
-                    f"FrozenCLIP: {pretrained!r} is neither a file nor a tag of {name}; near tags: "
-                    f"{_near(pretrained, tags)}"
-                )
-        model = open_clip.create_model(name, pretrained, device=device, precision=precision)
+        model, tokenizer = load_open_clip(name, pretrained, device=device, precision=precision, quick_gelu=quick_gelu)
         normalization = {key: getattr(model.visual, f"image_{key}", None) for key in ("mean", "std")}
         known = {key: value for key, value in normalization.items() if value is not None}
-        return cls(model, open_clip.get_tokenizer(name), **known)
+        return cls(model, tokenizer, **known)
+
+    @classmethod
+    def pocket(
+        cls,
+        network: str | nn.Module = "efficientnet-lite0",
+        sentences: tuple[nn.Module, Callable[[list[str]], Tensor]] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        stride: int = 16,
+        strength: float = pocket.STRENGTH,
+        temperature: float = pocket.TEMPERATURE,
+    ) -> FrozenCLIP:
+        """Make a small open-vocabulary model of what pip installs, without training and without a network.
+
+        An ImageNet classifier sees, a sentence encoder reads, and ridge regression from what it reads of ImageNet's
+        classes to the rows of the classifier joins them (:mod:`protoseg.clip.pocket`). It is no rival of CLIP: it has
+        seen the 1000 classes of ImageNet, so it knows cats and cups but hardly people.
+
+        Args:
+            network: ``"efficientnet-lite0"``, ``"efficientnet-lite1"`` or ``"efficientnet-lite2"``, or a timm
+                classifier with its ImageNet head, such as ``timm.create_model("resnet50", pretrained=True)``.
+            sentences: A sentence encoder, tokens ``[n, T]`` to ``[n, D]`` of unit length, and its tokenizer; MiniLM
+                where not given.
+            device: Where to.
+            stride: Pixels of a side of a feature's cell, of a network that is given by name.
+            strength: Of the ridge.
+            temperature: What cosines are divided by.
+
+        Raises:
+            ImportError: A package of the extra ``pocket`` is not installed.
+            ValueError: A file is not the one that was published, or the network's head is not linear.
+        """
+        model, tokenizer, colors = pocket.build(
+            network, sentences, stride=stride, strength=strength, temperature=temperature
+        )
+        return cls(model, tokenizer, templates=pocket.POCKET_TEMPLATES, **colors).to(device)
 
     @property
     def temperature(self) -> float:
@@ -137,6 +199,11 @@ class FrozenCLIP(nn.Module):
     def attends(self) -> bool:
         """Whether patches attend to each other, as those of a vision transformer do."""
         return self._tower.attends
+
+    @property
+    def linear(self) -> bool:
+        """Whether Grad-CAM follows from the features alone, by :func:`linear_cam`."""
+        return self._tower.linear
 
     @property
     def _weight(self) -> Tensor:
@@ -177,21 +244,26 @@ class FrozenCLIP(nn.Module):
         return normalize(pixels.clamp(0, 1), self.mean, self.std).to(weight.dtype)
 
     @torch.no_grad()
-    def text_prototypes(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES[:1]) -> Tensor:
+    def text_prototypes(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] | None = None) -> Tensor:
         """Embed classes by their names: the mean over names and templates; texts are encoded once.
 
         Args:
             names: A name per class, or several that mean the same.
-            templates: Sentences with ``{}`` for the name.
+            templates: Sentences with ``{}`` for the name; the model's first where not given.
 
         Returns:
             ``[C, E]`` of unit length, in float32.
 
         Raises:
+            TypeError: Names or templates are one text, not several.
             ValueError: No name or template, a name twice, a template without ``{}``, or a text that is longer than
                 the model reads.
         """
         me = "FrozenCLIP.text_prototypes"
+        templates = self.templates[:1] if templates is None else templates
+        for what, given in (("names", names), ("templates", templates)):
+            if isinstance(given, str):
+                raise TypeError(f"{me}: {what} must be a sequence of texts, got {given!r}; write [{given!r}]")
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
         if not classes or not all(classes) or not templates:
             raise ValueError(f"{me}: needs a name for every class and a template, got {names!r} and {templates!r}")
@@ -249,6 +321,7 @@ class FrozenCLIP(nn.Module):
         labels: Tensor | None = None,
         *,
         pooling: Pooling = "patches",
+        seen: Dense | None = None,
     ) -> Tensor:
         r"""Grad-CAM of each class on the tokens before the last block's attention (CLIP-ES), or a ResNet's last map.
 
@@ -256,6 +329,13 @@ class FrozenCLIP(nn.Module):
         and :math:`w_c` the mean over patches of :math:`\partial \log \tfrac{p_c}{1 - p_c} / \partial A_l`,
 
         .. math:: M_c(l) = \mathrm{ReLU}(\langle w_c, A_l \rangle)
+
+        Where the network pools linearly, as the pocket model, the log-odds are a sum over places, and
+
+        .. math:: w_c = v_c - \sum_{k \ne c} q_k v_k, \quad q_k \propto \exp(\langle x, v_k \rangle / \tau)
+
+        needs no gradient. The length of :math:`x` counts as fixed there: its gradient takes each map's own mean away,
+        after which half of every picture is background (0.31 instead of 0.42 mIoU on VOC).
 
         The published form differentiates :math:`p_c` itself, which is this gradient times :math:`p_c (1 - p_c)`: the
         same map up to its scale, but 0 where the model is sure of the class, as float32 then cannot tell :math:`p_c`
@@ -271,6 +351,7 @@ class FrozenCLIP(nn.Module):
             background: ``[K, E]``, what takes part in the softmax without a map.
             labels: ``[B, C]``; maps of absent classes are 0, and take no time.
             pooling: As of :meth:`encode`.
+            seen: What :meth:`encode` gave of the pictures; saves a model that pools linearly a second look at them.
 
         Returns:
             ``[B, C, h, w]`` of at least 0, float32, without gradient.
@@ -291,6 +372,11 @@ class FrozenCLIP(nn.Module):
             checks.shape(me, "labels", labels, present.shape, "one row per picture")
             checks.multi_hot(me, "labels", labels)
             present = (labels != 0).to(images.device)
+        if tower.linear:
+            seen = self.encode(images, pooling=pooling) if seen is None else seen
+            maps = linear_cam(seen, every, len(prototypes), self.temperature)
+            return maps.masked_fill_(~present[:, :, None, None], 0)
+
         # Copies, as the graph may not hold what was made in inference mode.
         with torch.inference_mode(False), torch.enable_grad(), tower.watch(leaf=True) as watched:
             _, whole = self._embed(images.detach().clone(), grid, pooling)
@@ -323,6 +409,7 @@ class FrozenCLIP(nn.Module):
         return features, unit(whole)
 
     def _encode_texts(self, texts: Sequence[str]) -> None:
+        self._forget_other_weights()
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if not new:
             return
@@ -340,6 +427,27 @@ class FrozenCLIP(nn.Module):
             found = unit(self.model.encode_text(tokens.to(device)).float())
             self._texts.update(zip(part, found, strict=True))
 
+    def _forget_other_weights(self) -> None:
+        """Drop the texts where weights have been loaded, moved or changed since."""
+        now = [each.detach() for each in (*self.model.parameters(), *self.model.buffers())]
+        # A tensor counts the changes in place; those of inference mode do not.
+        versions = [-1 if each.is_inference() else each._version for each in now]
+        before = [(each.data_ptr(), each.device, each.dtype, version) for each, version in self._read_by]
+        same = before == [(a.data_ptr(), a.device, a.dtype, b) for a, b in zip(now, versions, strict=True)]
+        if not same or -1 in versions:
+            self._texts.clear()
+        # Holding them keeps their memory from being given to others.
+        self._read_by = list(zip(now, versions, strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCLIP:
+        self._texts.clear()
+        self._read_by.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_texts": {}, "_read_by": []}
+
     def _check(self, me: str, images: Tensor, pooling: str) -> Grid:
         """The patches of the pictures' sides."""
         checks.shape(me, "images", images, ("B", 3, "H", "W"))
@@ -351,6 +459,124 @@ class FrozenCLIP(nn.Module):
                 f"{(height, width)}; prepare(image) sees to it"
             )
         return height // patch, width // patch
+
+
+def readable(name: str) -> str:
+    """A class's name as people write it in a sentence.
+
+    Example:
+        >>> readable("traffic_light"), readable("pottedplant"), readable("cat")
+        ('traffic light', 'potted plant', 'cat')
+    """
+    return _COMPOUNDS.get(name, " ".join(name.replace("_", " ").split()))
+
+
+def background_names(
+    classes: Sequence[str | Sequence[str]], names: Sequence[str] = BACKGROUND
+) -> tuple[list[str], list[str]]:
+    """Background prompts without those that are classes, which would share their probability with them.
+
+    Args:
+        classes: A name per class, or several.
+        names: Of what pictures show besides.
+
+    Returns:
+        The names that stay, and those that do not.
+
+    Example:
+        >>> background_names(["grass", ["car", "automobile"]], ["sky", "grass"])
+        (['sky'], ['grass'])
+    """
+    several = [[each] if isinstance(each, str) else each for each in classes]
+    taken = {readable(name).casefold() for each in several for name in each}
+    kept = [name for name in names if readable(name).casefold() not in taken]
+    return kept, [name for name in names if name not in kept]
+
+
+@torch.no_grad()
+def linear_cam(seen: Dense, every: Tensor, count: int, temperature: float) -> Tensor:
+    """:meth:`FrozenCLIP.grad_cam` of a network that pools linearly, ``[B, C, h, w]``, from its features alone.
+
+    Args:
+        seen: Of the pictures.
+        every: ``[C + K, E]``, prototypes of classes and of background.
+        count: ``C``.
+        temperature: What cosines are divided by.
+    """
+    with no_autocast(seen.features.device):
+        vectors = unit(every.to(seen.pooled))
+        logits = seen.pooled @ vectors.T / temperature
+
+        # 1. What a class has to be told from: the others, each as probable as it is without that class.
+        others = repeat(logits, "b k -> b c k", c=count).clone()
+        others[:, range(count), range(count)] = -torch.inf
+        shares = others.softmax(-1).nan_to_num(0)  # of one class alone there are none
+        weights = vectors[:count] - shares @ vectors
+
+        # 2. Each place's share of the log-odds.
+        return torch.einsum("bce,behw->bchw", weights, seen.features).relu()
+
+
+def load_open_clip(
+    name: str,
+    pretrained: str | os.PathLike[str] | None,
+    *,
+    device: torch.device | str,
+    precision: str,
+    quick_gelu: bool | None,
+) -> tuple[Any, Any]:
+    """A model of open_clip with its weights, and its tokenizer; see :meth:`FrozenCLIP.load`."""
+    open_clip = require("open_clip", "FrozenCLIP.load", "clip")
+    given = {"device": device, "precision": precision}
+
+    # Names with a scheme bring configuration and weights along.
+    if name.startswith(("hf-hub:", "local-dir:")):
+        if pretrained is not None:
+            raise ValueError(f"FrozenCLIP: {name} brings its own weights; leave out pretrained, got {pretrained!r}")
+        model = open_clip.create_model(name, force_quick_gelu=bool(quick_gelu), require_pretrained=True, **given)
+        return model, open_clip.get_tokenizer(name)
+
+    if name not in (names := open_clip.list_models()):
+        raise ValueError(f"FrozenCLIP: no model {name!r} in open_clip; near ones: {_near(name, names)}")
+    tokenizer = open_clip.get_tokenizer(name)
+    if pretrained is None:
+        return open_clip.create_model(name, force_quick_gelu=bool(quick_gelu), **given), tokenizer
+
+    if Path(pretrained).is_file():
+        scripted = is_torchscript(pretrained)
+        state = read_torchscript(pretrained) if scripted else read_file(Path(pretrained))
+        # OpenAI's archives, and state dicts made of them, tell these numbers beside the weights.
+        theirs = {"input_resolution", "context_length", "vocab_size"}
+        quick = bool(quick_gelu)
+        if quick_gelu is None:
+            quick = scripted or theirs <= state.keys()
+            if not quick and "quickgelu" not in name:
+                warnings.warn(
+                    f"FrozenCLIP: {pretrained} does not say whether its weights were trained with QuickGELU, and GELU "
+                    "is taken; say quick_gelu=True or False",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        model = open_clip.create_model(name, force_quick_gelu=quick, **given)
+        weights = {key.removeprefix("module."): value for key, value in state.items() if key not in theirs}
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # open_clip knows the forms of others, and reads files only
+                torch.save(weights, Path(folder, "weights.pt"))
+                open_clip.load_checkpoint(model, str(Path(folder, "weights.pt")))
+        except (KeyError, RuntimeError) as error:
+            found = ", ".join(list(weights)[:5])
+            raise ValueError(
+                f"FrozenCLIP: the tensors of {pretrained} are not those of {name}; found are {found} and others: "
+                f"{textwrap.shorten(str(error), 300)}"
+            ) from error
+        return model, tokenizer
+
+    tags = [tag for model, tag in open_clip.list_pretrained() if model == name]
+    tag = os.fspath(pretrained)
+    if tag not in tags:
+        raise ValueError(f"FrozenCLIP: {tag!r} is neither a file nor a tag of {name}; near tags: {_near(tag, tags)}")
+    quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) if quick_gelu is None else quick_gelu
+    return open_clip.create_model(name, tag, force_quick_gelu=quick, **given), tokenizer
 
 
 def _near(name: str, names: Sequence[str]) -> str:

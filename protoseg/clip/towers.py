@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["ConvNeXtTower", "Grid", "ResNetTower", "Tower", "TransformerTower", "Watched", "tower_of"]
+__all__ = [
+    "ClassifierTower",
+    "ConvNeXtTower",
+    "Grid",
+    "ResNetTower",
+    "Tower",
+    "TransformerTower",
+    "Watched",
+    "tower_of",
+]
 
 Grid = tuple[int, int]
 Hook = Callable[[nn.Module, Any, Tensor], Tensor | None]
@@ -71,9 +80,11 @@ class Tower(ABC):
     Attributes:
         visual: As given.
         attends: Whether patches attend to each other.
+        linear: Whether the mean of the patches' features is the whole picture's, and nothing comes after.
     """
 
     attends: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
@@ -336,13 +347,52 @@ class ConvNeXtTower(StageTower):
         return whole
 
 
+class ClassifierTower(StageTower):
+    """A classifier whose head is linear, as of :mod:`protoseg.clip.pocket`; its last map is in the joint space."""
+
+    linear = True
+
+    @staticmethod
+    def knows(visual: Any) -> bool:
+        """See :class:`Tower`."""
+        return all(hasattr(visual, name) for name in ("network", "stages", "last", "reduction"))
+
+    @property
+    def patch(self) -> int:
+        """See :class:`Tower`."""
+        return int(self.visual.reduction)
+
+    @property
+    def width(self) -> int:
+        """See :class:`Tower`."""
+        return int(self.visual.rows.shape[1])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`Tower`."""
+        return list(self.visual.stages)
+
+    def run(self, images: Tensor) -> Tensor:
+        """See :class:`Tower`."""
+        maps: Tensor = self.visual(images)
+        return maps
+
+    def project(self, last: Tensor) -> Tensor:
+        """See :class:`Tower`."""
+        return last
+
+    def pooled(self, last: Tensor) -> Tensor:
+        """See :class:`Tower`."""
+        return last.mean((-2, -1))
+
+
 def tower_of(visual: Any) -> Tower:
     """Find the tower that knows a network.
 
     Raises:
         ValueError: None does.
     """
-    towers: tuple[type[Tower], ...] = (TransformerTower, ResNetTower, ConvNeXtTower)
+    towers: tuple[type[Tower], ...] = (TransformerTower, ResNetTower, ClassifierTower, ConvNeXtTower)
     for tower in towers:
         if tower.knows(visual):
             return tower(visual)

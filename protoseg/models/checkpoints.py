@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
 import pickle
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     with Path(path).open("rb"):
         pass
 
-    if _is_torchscript(path):
+    if is_torchscript(path):
         raise ValueError(
             f"{path}: a TorchScript archive, which holds code; expected the weights alone; where it comes from, save "
             "them with torch.save(model.state_dict(), FILE)"
@@ -106,8 +107,73 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: not a PyTorch checkpoint, or a damaged one: {error}") from error
 
 
-def _is_torchscript(path: str | os.PathLike[str]) -> bool:
-    """Ask the reader that ``torch.load`` itself asks: it hands such an archive to ``torch.jit.load``, which runs it."""
+class _Recorded(Inert):
+    """Stands in for a scripted module: keeps its attributes and does nothing."""
+
+    def __setstate__(self, state: object) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+class _ScriptUnpickler(_Unpickler):
+    """Reads the attributes of scripted modules, whose code lies in other records that are never looked at."""
+
+    def __init__(self, file: Any, archive: Any) -> None:
+        super().__init__(file)
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return type(name, (_Recorded,), {})
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, *_ = pid
+        # A copy of the record's own bytes, so that no tensor can reach beyond them.
+        content = torch.frombuffer(bytearray(self.archive.get_record(f"data/{key}")), dtype=torch.uint8)
+        typed: Any = torch.storage.TypedStorage
+        return typed(wrap_storage=content.untyped_storage(), dtype=kind._dtype, _internal=True)
+
+
+def read_torchscript(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a TorchScript archive, such as OpenAI's CLIP, by name; its code is not even parsed.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no TorchScript archive, or holds no tensors.
+    """
+    with Path(path).open("rb"):
+        pass
+    if not is_torchscript(path):
+        raise ValueError(f"{path}: expected a TorchScript archive")
+
+    archive = torch._C.PyTorchFileReader(os.fspath(path))
+    try:
+        module = _ScriptUnpickler(io.BytesIO(archive.get_record("data.pkl")), archive).load()
+    except Exception as error:  # as of read_checkpoint
+        raise ValueError(f"{path}: a damaged TorchScript archive: {error}") from error
+
+    tensors: dict[str, torch.Tensor] = {}
+    parts: list[tuple[str, Any]] = [("", module)]
+    while parts:
+        prefix, part = parts.pop()
+        for name, value in getattr(part, "attributes", {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{prefix}{name}"] = value.detach()
+            elif isinstance(value, _Recorded):
+                parts.append((f"{prefix}{name}.", value))
+    if not tensors:
+        raise ValueError(f"{path}: a TorchScript archive without tensors")
+    return tensors
+
+
+def is_torchscript(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a TorchScript archive, which holds code.
+
+    Asks the reader that ``torch.load`` itself asks: it hands such an archive to ``torch.jit.load``, which runs it.
+    """
     try:
         records = torch._C.PyTorchFileReader(os.fspath(path)).get_all_records()
     except RuntimeError:  # no archive at all, but a bare pickle

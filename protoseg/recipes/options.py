@@ -10,14 +10,17 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from protoseg.utils.checks import near_names
 from protoseg.utils.extras import require
 
 __all__ = ["MaskOptions", "RunOptions", "check_counts", "check_threshold", "plain", "read"]
 
-Options = TypeVar("Options", bound="RunOptions")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -125,7 +128,7 @@ def read(
     return options
 
 
-def _stored(kind: type[RunOptions], path: Path) -> dict[str, Any]:
+def _stored(kind: type[DataclassInstance], path: Path) -> dict[str, Any]:
     """The options of a configuration file."""
     yaml = require("yaml", "--config", "recipes")
     try:
@@ -147,7 +150,7 @@ def _stored(kind: type[RunOptions], path: Path) -> dict[str, Any]:
     }
 
 
-def plain(options: RunOptions) -> dict[str, Any]:
+def plain(options: DataclassInstance) -> dict[str, Any]:
     """The options as they are written to ``config.json``."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
 

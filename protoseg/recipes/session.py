@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from protoseg.recipes.options import RunOptions, plain
 from protoseg.utils.checks import near_names
 
-__all__ = ["duration", "launch", "share", "stoppable"]
+__all__ = ["duration", "launch", "quiet", "share", "start_engine", "start_trackers", "stoppable"]
 
 
 def launch(options: RunOptions) -> Accelerator:
@@ -29,14 +30,23 @@ def launch(options: RunOptions) -> Accelerator:
         if name not in map(str, get_available_trackers()):
             raise SystemExit(f"--log-with: the package of {name} is not installed")
 
-    accelerator = Accelerator(
-        cpu=options.device == "cpu",
+    return start_engine(
+        options.device,
         mixed_precision=options.precision,
         log_with=options.log_with or None,
         project_dir=options.output,
     )
-    if options.device not in ("auto", "cpu", accelerator.device.type):
-        raise SystemExit(f"--device: accelerate found {accelerator.device}, not {options.device}; say 'auto' or 'cpu'")
+
+
+def start_engine(device: str, **options: Any) -> Accelerator:
+    """Start accelerate's engine on a device: ``"auto"``, ``"cpu"``, or the type of what accelerate finds.
+
+    Raises:
+        SystemExit: accelerate found another device.
+    """
+    accelerator = Accelerator(cpu=device == "cpu", **options)
+    if device not in ("auto", "cpu", accelerator.device.type):
+        raise SystemExit(f"--device: accelerate found {accelerator.device}, not {device}; say 'auto' or 'cpu'")
     return accelerator
 
 

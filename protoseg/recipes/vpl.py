@@ -1,6 +1,7 @@
 """VPL end to end: from pictures with image-level tags to masks, by a frozen CLIP and prototypes in its vision space.
 
     protoseg train vpl                                                   # made scenes, two CPU cores, minutes
+    protoseg train vpl --data VOC2012 --clip pocket                      # ImageNet and a sentence encoder, from pip
     protoseg train vpl --data VOC2012 --clip ViT-B-16 --pretrained openai  # any VOC-layout folder
     accelerate launch -m protoseg train vpl --data VOC2012 --clip ViT-B-16 --pretrained openai
 
@@ -25,7 +26,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from protoseg.clip import FrozenCLIP
+from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, readable
 from protoseg.functional import load_refiner
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
@@ -82,13 +83,15 @@ def check(args: VPLOptions) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
     check_counts(args, ("size", "crop", "epochs", "batch", "train_scenes", "eval_scenes", "clip_steps", "clip_scenes"))
     check_threshold(args.threshold)
-    if args.pretrained and not args.clip:
+    if args.pretrained and args.clip in (None, "pocket"):
         raise SystemExit("--pretrained: needs --clip, the name of the model that these weights are of")
     load_refiner(args.refine)
 
 
 def open_clip_model(args: VPLOptions, accelerator: Accelerator) -> FrozenCLIP:
     """Load the model that ``--clip`` names, or the small one."""
+    if args.clip == "pocket":
+        return FrozenCLIP.pocket(device=accelerator.device)
     if args.clip:
         precision = args.clip_precision
         return FrozenCLIP.load(args.clip, args.pretrained, device=accelerator.device, precision=precision)
@@ -144,6 +147,12 @@ def run(args: VPLOptions, accelerator: Accelerator) -> dict[str, Any]:
     clip = open_clip_model(args, accelerator)
     # Names, layers or sizes that do not suit stop here, before an older run's files go.
     texts(clip, splits["train"].classes, args)
+    if args.background:
+        _, left_out = background_names(
+            [readable(name) for name in splits["train"].classes], args.background_names or BACKGROUND
+        )
+        if left_out:
+            accelerator.print(f"background prompts left out, as they are classes: {', '.join(left_out)}")
     build_decoder(clip, splits["train"], args)
     progress = Progress(PLAN, args, accelerator, began)
     set_seed(args.seed)

@@ -32,7 +32,7 @@ class VPLOptions(MaskOptions):
     """channels: permute the colors"""
 
     clip: str | None = None
-    """CLIP: open_clip's name, such as ViT-B-16; the small one where not given"""
+    """CLIP: open_clip's name, such as ViT-B-16, or pocket; the small one where not given"""
     pretrained: str | None = None
     """CLIP: open_clip's tag, such as openai, or the path of a checkpoint"""
     clip_precision: str = "fp32"
@@ -112,6 +112,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "size": 512, "crop": 320, "smallest_crop": 0.3, "epochs": 10, "batch": 4, "lr": 2e-3,
         "layers": [-4, -3, -2, -1], "decoder_dim": 256, "decoder_depth": 3, "templates": [],
     },
+    # What an ImageNet classifier of stride 16 and pictures of 320 pixels ask for.
+    "pocket": {
+        "size": 288, "crop": 256, "smallest_crop": 0.3, "epochs": 8, "batch": 8, "lr": 1e-3, "layers": [3, 4, 5],
+        "decoder_dim": 128, "decoder_depth": 2, "templates": [],
+    },
 }  # fmt: skip
 
 
@@ -131,7 +136,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> VPLOpti
 
 def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What data and model ask for."""
-    values = dict(PRESETS["clip" if chosen["clip"] else "small"])
+    presets = {None: "small", "pocket": "pocket"}
+    values = dict(PRESETS[presets.get(chosen["clip"], "clip")])
     values["background_names"] = []
     if chosen["data"] in (None, "scenes"):
         scenes = Scenes(1)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from protoseg import RegionalSemanticContrast, VisionPrototypeLearner
-from protoseg.clip import BACKGROUND, TEMPLATES, FrozenCLIP
+from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, readable
 from protoseg.data import Sample, save_mask
 from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity
 from protoseg.metrics import ConfusionMatrix
@@ -36,13 +36,12 @@ class Prototypes(NamedTuple):
 
 def texts(clip: FrozenCLIP, classes: Sequence[str], args: VPLOptions) -> tuple[Tensor, Tensor]:
     """Text prototypes of the classes and of background, by the strategy that the flags ask for."""
-    templates: Sequence[str] = args.templates or TEMPLATES
+    templates: Sequence[str] = args.templates or clip.templates
     if args.prompts == "single":
         templates = templates[:1]
     synonyms = args.other_names()
-    names = [[name, *synonyms.get(name, ())] for name in classes]
-    known = {each for several in names for each in several}
-    background = [name for name in args.background_names or BACKGROUND if name not in known]
+    names = [[readable(name), *synonyms.get(name, ())] for name in classes]
+    background, _ = background_names(names, args.background_names or BACKGROUND)
     text = clip.text_prototypes(names, templates)
     return text, clip.text_prototypes(background, templates) if args.background and background else text[:0]
 

@@ -1,13 +1,14 @@
-"""Files that are written wholly or not at all."""
+"""Files that are written wholly or not at all, and read only where they are what they say."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["check_sha256", "replacing"]
 
 
 @contextlib.contextmanager
@@ -23,3 +24,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_sha256(path: Path, expected: str) -> Path:
+    """Give the path back where the file is the one that was published.
+
+    Raises:
+        ValueError: It is another file.
+    """
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path}: expected the file with the SHA-256 {expected}, got {found}; it is damaged or was changed: "
+            "install its package again"
+        )
+    return path

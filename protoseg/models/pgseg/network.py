@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.models.checkpoints import read_checkpoint
 from protoseg.models.pgseg import weights
 from protoseg.models.pgseg.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.pgseg.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
 from protoseg.models.pgseg.text import TextTokens, TextTransformer, WordBag
 from protoseg.models.pgseg.zeroshot import ZeroShot, segment
+from protoseg.models.weights import read_file
 from protoseg.modules.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
 from protoseg.utils.distributed import all_gather, gather_with_gradient, world_size
 from protoseg.utils.numeric import full_precision, no_autocast, unit
@@ -204,10 +205,7 @@ class PGSeg(nn.Module):
             FileNotFoundError: There is no such file.
             ValueError: It is no such checkpoint, or tensors are missing.
         """
-        stored = read_checkpoint(path)
-        state = stored.get("model", stored) if isinstance(stored, dict) else None
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{path}: expected a dict of tensors, or one with the key 'model'")
+        state = {name.removeprefix("module."): value for name, value in read_file(Path(path)).items()}
         model = cls(PGSegConfig(**weights.read_config(state), npr_text=None))
         translated, model.left_out = weights.translate(state)
         missing, unexpected = model.load_state_dict(translated, strict=False)

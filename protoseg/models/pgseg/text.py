@@ -90,6 +90,15 @@ class WordBag(nn.Module):
         longest = max(1, *map(len, rows))
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that name something and are not in the vocabulary.
+
+        Example:
+            >>> WordBag(["cat"], width=8).unknown("a cat on a mat")
+            ['mat']
+        """
+        return [word for word in words_of(text) if word not in self.index and word not in STOP_WORDS]
+
     def forward(self, tokens: Tensor) -> TextTokens:
         """Encode ``[B, T]``."""
         words, mask = self.embedding(tokens), tokens > 0

@@ -57,7 +57,8 @@ def read_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         words = state["text_encoder.token_embedding.weight"]
     except KeyError as error:
         raise ValueError(
-            f"from_published: no tensor {error} in the checkpoint; is it one of PGSeg or GroupViT?"
+            f"from_published: no tensor {error} in the checkpoint; is it one of PGSeg or GroupViT? It holds "
+            f"{', '.join(sorted(state)[:5])} and others"
         ) from None
 
     dim, patch = patches.shape[0], patches.shape[-1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from protoseg.models.pgseg.text import WordBag
 from protoseg.modules.gmm import LARGEST_SCALE
 from protoseg.utils import checks
 from protoseg.utils.colors import normalize
@@ -59,10 +61,23 @@ def class_embeddings(
         ``[C, E]`` of unit length: the mean over names and templates.
 
     Raises:
-        ValueError: There is no name or no template.
+        TypeError: Names or templates are one text, not several.
+        ValueError: There is no name or no template, or a name has words that a network of words has never read.
     """
     if not names or not templates:
         raise ValueError(f"class_embeddings: needs a class and a template, got {len(names)} and {len(templates)}")
+    if isinstance(names, str) or isinstance(templates, str):
+        raise TypeError(
+            f"class_embeddings: names and templates must be sequences of texts, got {names!r}, {templates!r}"
+        )
+    if isinstance(model.text, WordBag):
+        every = [each for name in names for each in ([name] if isinstance(name, str) else name)]
+        if unknown := [name for name in every if model.text.unknown(name)]:
+            words = [word for name in unknown for word in model.text.unknown(name)]
+            raise ValueError(
+                f"class_embeddings: {', '.join(map(repr, dict.fromkeys(unknown)))}: the network has never read "
+                f"{', '.join(map(repr, dict.fromkeys(words)))}; take other names, or train it with them"
+            )
     device = next(model.parameters()).device
     rows = []
     for name in names:
@@ -117,7 +132,7 @@ def segment(
     of windows that overlap are averaged.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network; it is asked in evaluation mode, and left as it was.
         image: ``[3, H, W]`` uint8, RGB.
         class_names: A name per class, or several that mean the same.
         background_names: Names that count as background where they win; they take part in the softmax.
@@ -143,16 +158,19 @@ def segment(
 
     device = next(model.parameters()).device
     texts = class_embeddings(model, [*class_names, *background_names], templates)
-    window = short_side or model.config.test_side
-    scaled = _resized(image.to(device), window, model.config.image.patch_size)
+    # A window of whole patches: what hangs over would not be seen, and the map would be off.
+    patch = model.config.image.patch_size
+    window = max(1, round((short_side or model.config.test_side) / patch)) * patch
+    scaled = _resized(image.to(device), window, patch)
 
     # 1. Scores: the mean over windows that overlap.
     total = torch.zeros(len(texts), *scaled.shape[-2:], device=device)
     count = torch.zeros(scaled.shape[-2:], device=device)
-    for rows, columns in _windows(scaled.shape[-2:], window, stride or max(1, window // 2)):
-        part = scaled[..., rows, columns]
-        total[:, rows, columns] += _scores(model, part, texts, score, top_classes)
-        count[rows, columns] += 1
+    with evaluating(model):
+        for rows, columns in _windows(scaled.shape[-2:], window, stride or max(1, window // 2)):
+            part = scaled[..., rows, columns]
+            total[:, rows, columns] += _scores(model, part, texts, score, top_classes)
+            count[rows, columns] += 1
     scores = F.interpolate((total / count)[None], image.shape[-2:], mode="bilinear", align_corners=False)[0]
 
     # 2. A pixel is its best class where that is sure enough; the best pixel of a picture always is.
@@ -160,6 +178,18 @@ def segment(
     foreground = (winner < len(class_names)) & (best >= min(background_threshold, float(best.max())))
     mask = torch.where(foreground, winner + 1, torch.zeros_like(winner)).to(torch.uint8)
     return ZeroShot(mask, scores[: len(class_names)])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode until the context is left, and then each part in its own again."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _scores(model: PGSeg, images: Tensor, texts: Tensor, score: Score, top: int) -> Tensor:
