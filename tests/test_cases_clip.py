@@ -319,7 +319,7 @@ def test_words_that_were_never_read_are_named(pgseg: PGSeg) -> None:
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="'zebra', 'cat car': the network has never read 'zebra', 'car'"):
         segment(pgseg.eval(), image, ["cat", "zebra", ["dog", "cat car"]])
-    with pytest.raises(TypeError, match="must be sequences of texts, got 'dog'"):
+    with pytest.raises(TypeError, match="names must be sequences of texts, got 'dog'"):
         segment(pgseg, image, "dog")
 
 

@@ -208,7 +208,7 @@ def test_a_published_checkpoint_is_loaded_by_name(reconstruct: bool, tmp_path: P
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="expected a dict of tensors, or one with the key 'model'"):
+    with pytest.raises(ValueError, match="expected tensors by name, alone or under one of state_dict, model"):
         PGSeg.from_published(path)
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, path)
     with pytest.raises(ValueError, match=r"no tensor 'img_encoder.pos_embed' in the checkpoint; is it one of PGSeg"):

@@ -84,7 +84,8 @@ def class_embeddings(
         texts = [
             template.format(each) for each in ([name] if isinstance(name, str) else name) for template in templates
         ]
-        embedded, _ = model.encode_text(model.text.tokenize(texts).to(device))
+        with evaluating(model):
+            embedded, _ = model.encode_text(model.text.tokenize(texts).to(device))
         rows.append(unit(embedded.float()).mean(0))
     return unit(torch.stack(rows))
 
@@ -152,6 +153,8 @@ def segment(
     """
     checks.shape("segment", "image", image, (3, "H", "W"))
     checks.unit_interval("segment", "background_threshold", background_threshold)
+    if isinstance(class_names, str) or isinstance(background_names, str):
+        raise TypeError(f"segment: names must be sequences of texts, got {class_names!r} and {background_names!r}")
     checks.choice("segment", "score", score, get_args(Score))
     if image.dtype != torch.uint8:
         raise TypeError(f"segment: image must be uint8 in 0..255, got {image.dtype}")
