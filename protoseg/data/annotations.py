@@ -246,7 +246,10 @@ def draw(shapes: Sequence[Shape], classes: Sequence[str], size: tuple[int, int])
     """
     mask = np.zeros(size, np.uint8)
     for shape in sorted(shapes, key=_area, reverse=True):
-        mask[_fill(shape, size)] = classes.index(shape.label) + 1 if shape.label in classes else 255
+        index = 0  # of a shape without a label, which cuts a hole
+        if shape.label:
+            index = classes.index(shape.label) + 1 if shape.label in classes else 255
+        mask[_fill(shape, size)] = index
     return mask
 
 

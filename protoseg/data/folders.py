@@ -135,6 +135,10 @@ class TaggedPictures(Dataset[Sample]):
             )
         return self.pictures / path
 
+    def picture_files(self) -> list[Path]:
+        """Files of the pictures that there are."""
+        return [self.pictures / path for path in self.paths if path is not None]
+
     def mask(self, index: int, header: Header) -> NDArray[np.uint8] | None:
         """Mask of a picture at the size of its file, turned as the picture is; ``None`` where there is none.
 
