@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from protoseg.data import Scenes
 from protoseg.recipes import cpal_options
+from protoseg.recipes.cpal_options import CPALOptions
 from protoseg.recipes.files import save_checkpoint
 from tests.trainer import (
     COMMAND,
@@ -98,8 +102,8 @@ def test_resume_without_a_run_begins_one(finished: Path, tmp_path: Path) -> None
 
 def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    with pytest.raises(SystemExit, match=r"holds a run with other flags: epochs was 2 and is 3; give the same flags"):
-        run(finished, "--resume", "--epochs", "3")
+    with pytest.raises(SystemExit, match=r"holds a run with other flags: epochs was 2 and is 1; give the same flags"):
+        run(finished, "--resume", "--epochs", "1")
     with pytest.raises(
         SystemExit,
         match=r"seed was 0 and is 1, bank was \['score=whitened'\] and is \['top_k=1'\]",
@@ -108,6 +112,104 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
     with pytest.raises(SystemExit, match=r"threshold was 'otsu' and is '0.3'"):
         run(finished, "--stages", "segment", "--threshold", "0.3")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_more_epochs_than_last_time_go_on(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = run(tmp_path, "--resume", "--epochs", "3")
+    printed = capsys.readouterr().out
+    assert "--resume: classify goes on to 3 epochs; seeds, refine, segment will be done anew" in printed
+    assert "classify 2/3" not in printed
+    assert "classify 3/3" in printed
+
+    # What the new network finds, and nothing of the old one's.
+    before = checkpoint(finished)["history"]
+    assert checkpoint(tmp_path)["history"][:2] == before
+    assert len(checkpoint(tmp_path)["history"]) == 3
+    assert metrics["maps"] != read(finished)["maps"]
+    assert "segment 1/" in printed
+
+    # Nothing is left to do for those who ask again.
+    assert findings(run(tmp_path, "--resume", "--epochs", "3")) == findings(metrics)
+    assert "classify" not in capsys.readouterr().out
+
+
+def test_more_epochs_of_the_last_stage_leave_the_earlier_ones_alone(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    longer = str(read(finished, "config.json")["segmentation_epochs"] + 1)
+    metrics = run(tmp_path, "--resume", "--segmentation-epochs", longer)
+    assert metrics["pseudo_masks"] == read(finished)["pseudo_masks"]
+    assert checkpoint(tmp_path, "segment")["epoch"] == int(longer)
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path, *LONG)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint" / "classify.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.decode().strip() == f"stopped; the same command with --resume goes on in {tmp_path}"
+
+
+def test_a_run_says_how_it_goes_and_how_it_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    out, errors = capfd.readouterr()
+    lines = out.splitlines()
+    first = r"classify 1/2: loss \d\.\d{4}( \(.+\))?; about \d+ s left"
+    assert any(re.fullmatch(first, line) for line in lines)
+    assert any(re.fullmatch(r"classify 2/2: loss \d\.\d{4}( \(.+\))?", line) for line in lines)
+    assert re.fullmatch(r"done in \d+ s, with at most \d+ MB", lines[-3])
+    assert lines[-2].startswith(f"pseudo_masks: 24 in {tmp_path / 'pseudo_masks'}")
+    assert lines[-1] == f"report: {tmp_path / 'report.html'}"
+    assert errors == ""  # no bar where there is no terminal
+
+
+def test_trackers_are_told_losses(tmp_path: Path) -> None:
+    """accelerate's own base class stands for a service."""
+    told: list[dict[str, Any]] = []
+
+    class Notes(GeneralTracker):
+        name = "notes"
+        requires_logging_directory = False
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        @property
+        def tracker(self) -> None:
+            return None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
+            told.append({**values, "step": step})
+
+    def launch(options: CPALOptions) -> Accelerator:
+        accelerator = Accelerator(cpu=True)
+        accelerator.trackers = [Notes()]
+        return accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpal, "launch", launch)
+        run(tmp_path, "--stages", "classify")
+    history = checkpoint(tmp_path)["history"]
+    assert [entry["step"] for entry in told] == [1, 2]
+    assert [entry["classify/classify"] for entry in told] == [entry["classify"] for entry in history]
+
+
+def test_trackers_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"--log-with: accelerate knows no tracker 'tensorbord'; near names: .*tensorboard"
+    ):
+        run(tmp_path, "--log-with", "tensorbord")
+    missing = next(name for name in LOGGER_TYPE_TO_CLASS if name not in map(str, get_available_trackers()))
+    with pytest.raises(SystemExit, match=f"--log-with: the package of {missing} is not installed"):
+        run(tmp_path, "--log-with", missing)
 
 
 def test_a_run_of_other_processes_is_not_resumed(finished: Path, tmp_path: Path) -> None:

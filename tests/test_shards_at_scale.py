@@ -104,7 +104,7 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(pattern: str, tmp_path: 
         assert process.returncode == 0, told
 
     finish(start(tmp_path / "whole"))
-    process, path = start(tmp_path / "killed"), tmp_path / "killed" / "checkpoint" / "last.pt"
+    process, path = start(tmp_path / "killed"), tmp_path / "killed" / "checkpoint" / "train.pt"
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -117,7 +117,7 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(pattern: str, tmp_path: 
     process.communicate()
     assert load_checkpoint(path)["epoch"] < 4
     finish(start(tmp_path / "killed", "--resume"))
-    want, got = (load_checkpoint(tmp_path / name / "checkpoint" / "last.pt") for name in ("whole", "killed"))
+    want, got = (load_checkpoint(tmp_path / name / "checkpoint" / "train.pt") for name in ("whole", "killed"))
     assert_equal(got, want)
     metrics: dict[str, Any] = json.loads((tmp_path / "killed" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["broken"]["damaged shard"] == 1

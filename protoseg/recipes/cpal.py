@@ -42,8 +42,9 @@ from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold, plain
 from protoseg.recipes.pictures import MEAN, STD, Crops, Pictures, open_pictures
-from protoseg.recipes.progress import Plan, Progress
+from protoseg.recipes.progress import Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, true_mask
+from protoseg.recipes.session import launch, stoppable
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
 PLAN = Plan(
@@ -51,15 +52,16 @@ PLAN = Plan(
         "classify": ("checkpoint/classify.pt", "checkpoint/fork.pt"),
         "seeds": ("seeds/*.npz",),
         "refine": ("pseudo_masks/*.png",),
-        "segment": ("checkpoint/segment.pt", "checkpoint/ceiling.pt", "metrics.json", "report.html"),
+        "segment": ("checkpoint/segment.pt", "checkpoint/ceiling.pt"),
     },
     results={"classify": (), "seeds": ("maps", "sweeps"), "refine": ("pseudo_masks",), "segment": ("segmentation",)},
-    free=("config", "output", "resume", "overwrite", "fork", "stages", "device", "workers", "skip_broken", "ceiling"),
+    free=("fork", "ceiling"),
     own={
         "seeds": ("maps", "bank_rounds"),
         "refine": ("seed_map", "threshold", "refine"),
         "segment": ("segmentation", "segmentation_epochs"),
     },
+    epochs={"classify": "epochs", "segment": "segmentation_epochs"},
 )
 
 
@@ -229,11 +231,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv, __doc__)
     check(args)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
-    if args.device not in ("auto", "cpu", accelerator.device.type):
-        raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
-    metrics = run(args, argv, accelerator)
-    accelerator.end_training()
+    accelerator = launch(args)
+    with stoppable(args):
+        metrics = run(args, argv, accelerator)
+    conclude(metrics, args.output, accelerator)
     return metrics
 
 

@@ -17,7 +17,8 @@ from protoseg.metrics import ConfusionMatrix
 from protoseg.recipes.cpal_heads import Head, colors, reader
 from protoseg.recipes.cpal_options import CPALOptions
 from protoseg.recipes.pictures import MEAN, STD, Pictures, scaled_image, seeded
-from protoseg.recipes.pseudo_masks import enlarge, named, score_maps, shard
+from protoseg.recipes.pseudo_masks import enlarge, named, score_maps
+from protoseg.recipes.session import quiet, share
 
 MAPS = ("cam", "instance", "pacam")
 KEPT = 2**30  # bytes of features and CAM that a process keeps while it fills the bank, and until it makes the maps
@@ -86,10 +87,11 @@ class Views:
         return seen
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        world, main = self.accelerator.num_processes, self.accelerator.is_main_process
+        world = self.accelerator.num_processes
         # A ring keeps the last pictures of a class: those shall not be the last by name.
         order = torch.randperm(len(self.pictures), generator=seeded(self.args.seed)).tolist()
-        for first in tqdm(range(0, len(order), world), "fill bank", disable=not main, leave=False):
+        steps = range(0, len(order), world)
+        for first in tqdm(steps, "fill bank", disable=quiet(self.accelerator), leave=False):
             index = first + self.accelerator.process_index
             sample = self.pictures[order[min(index, len(order) - 1)]]
             labels = sample.labels * (index < len(order))
@@ -127,7 +129,7 @@ def score_segmentation(
     """Scores of a segmentation network, with mirrored pictures and without tags; and of background everywhere."""
     model.eval()
     confusion, floor = ConfusionMatrix(len(test.classes)), ConfusionMatrix(len(test.classes))
-    for index in tqdm(shard(len(test), accelerator), "score", disable=not accelerator.is_main_process, leave=False):
+    for index in share(len(test), "score", accelerator):
         sample = test[index]
         if sample.mask is None:
             continue

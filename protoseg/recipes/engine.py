@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from protoseg.recipes.files import load_checkpoint, save_checkpoint
 from protoseg.recipes.options import RunOptions
 from protoseg.recipes.pictures import Crops, Shuffle
+from protoseg.recipes.session import duration, quiet
 
 Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
 
@@ -129,13 +131,13 @@ def train(
         first = state["epoch"]
 
     network, stepper = accelerator.prepare(model, optimizer)
+    began = time.monotonic()
     for epoch in range(first, epochs):
         batches.set_epoch(epoch)
         set_seed(args.seed + epoch, device_specific=True)  # an epoch's dropout is the same in a resumed run
         network.train()
         sums: dict[str, Tensor] = {}
-        quiet = not accelerator.is_main_process
-        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", steps, disable=quiet, leave=False):
+        for batch in tqdm(loader, f"{name} {epoch + 1}/{epochs}", steps, disable=quiet(accelerator), leave=False):
             with accelerator.autocast():
                 parts = loss_of(network, batch, epoch)
             stepper.zero_grad()
@@ -150,6 +152,10 @@ def train(
                 sums[key] = sums.get(key, 0.0) + value.detach().double()
 
         losses = {key: value.item() / steps for key, value in sums.items()}
+        left = (epochs - epoch - 1) * (time.monotonic() - began) / (epoch + 1 - first)
+        remaining = f"; about {duration(left)} left" if left else ""
+        accelerator.print(f"{name} {epoch + 1}/{epochs}: {describe(losses)}{remaining}")
+        accelerator.log({f"{name}/{key}": value for key, value in losses.items()}, step=epoch + 1)
         history.append(losses if end_epoch is None else end_epoch(epoch, losses))
         if accelerator.is_main_process:
             state = {key: part.state_dict() for key, part in saved.items()}
@@ -162,6 +168,13 @@ def train(
     if not accelerator.is_main_process:  # each process has its own running means; all go on with those that are saved
         model.load_state_dict(load_checkpoint(path)["model"])
     return history
+
+
+def describe(losses: Mapping[str, float]) -> str:
+    """The loss and, where it is a sum, the parts that count."""
+    parts = [f"{name} {value:.4f}" for name, value in losses.items() if value]
+    total = f"loss {sum(losses.values()):.4f}"
+    return f"{total} ({', '.join(parts)})" if len(parts) > 1 else total
 
 
 def learning_rate(step: int, total: int, warmup: float = 0.1) -> float:

@@ -60,14 +60,16 @@ class RunOptions:
     """mixed precision of what is trained"""
     workers: int = 0
     """processes that read pictures"""
+    log_with: list[str] = dataclasses.field(default_factory=list)
+    """trackers of accelerate that are told losses and scores, such as tensorboard or wandb"""
+    stages: list[str]
+    """stages to run"""
 
 
 @dataclasses.dataclass(kw_only=True)
 class MaskOptions(RunOptions):
     """What recipes ask for that go from maps to pseudo masks."""
 
-    stages: list[str]
-    """stages to run"""
     seed_map: str
     """map of the pseudo masks"""
     threshold: str = "otsu"

@@ -31,23 +31,23 @@ from protoseg.models.pgseg.network import PRESETS as NETWORKS
 from protoseg.models.pgseg.network import PGSeg, PGSegConfig
 from protoseg.models.pgseg.text import vocabulary
 from protoseg.recipes.engine import Schedule, train
-from protoseg.recipes.files import (
-    keywords,
-    peak_memory_mb,
-    to_replace,
-    versions,
-    write_json,
-)
-from protoseg.recipes.options import plain
+from protoseg.recipes.files import keywords, load_checkpoint, write_json
 from protoseg.recipes.pgseg_data import View, Views, nouns_of, open_views, view_batches
 from protoseg.recipes.pgseg_eval import Setting, diagnose, groups, panels, zero_shot
 from protoseg.recipes.pgseg_options import PGSegOptions, parse
 from protoseg.recipes.pictures import Pictures, open_pictures
+from protoseg.recipes.progress import Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import trivial
+from protoseg.recipes.session import launch, stoppable
 from protoseg.report import Picture, write_report
 
-# May change when a run is resumed.
-FREE = ("config", "output", "resume", "overwrite", "device", "workers", "eval_every")
+PLAN = Plan(
+    files={"train": ("checkpoint/train.pt", "broken/*"), "score": ()},
+    results={"train": (), "score": ("maps", "sweeps", "groups", "trivial")},
+    free=("eval_every",),
+    own={"score": ("background", "score", "eval_data", "tune_split", "eval_split", "eval_scenes")},
+    epochs={"train": "epochs"},
+)
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "open_clip_torch", "accelerate", "webdataset")
 
 
@@ -106,7 +106,7 @@ def learn(
         return entry
 
     history: list[dict[str, Any]] = train(
-        "last",
+        "train",
         model,
         view_batches(views, args),
         loss_of,
@@ -122,78 +122,77 @@ def learn(
     return history
 
 
-def prepare_output(args: PGSegOptions, accelerator: Accelerator) -> None:
-    """Make the folder; refuse to resume a run of other flags, or to take an older run's place unasked."""
-    path = args.output / "config.json"
-    config = plain(args)
-    if args.resume and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in config if key not in FREE and before.get(key) != config[key]]
-        if changed:
-            told = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in changed)
-            raise SystemExit(f"--output: {args.output} holds a run with other flags: {told}; give the same flags")
-    left = ("checkpoint/last.pt", "metrics.json", "report.html", "broken/*")
-    replaced = [] if args.resume else to_replace(args.output, left, overwrite=args.overwrite and path.exists())
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for file in replaced:
-            file.unlink()
-        write_json(path, config)
-    accelerator.wait_for_everyone()
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, score and write ``metrics.json``, ``report.html`` and ``checkpoint/``; returns the metrics."""
-    began = time.monotonic()
     args = parse(argv, __doc__)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
-    prepare_output(args, accelerator)
+    accelerator = launch(args)
+    with stoppable(args):
+        metrics = run(args, accelerator)
+    conclude(metrics, args.output, accelerator)
+    return metrics
+
+
+def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """Run the stages for flags that have been read."""
+    began = time.monotonic()
+    progress = Progress(PLAN, args, accelerator, began)
     set_seed(args.seed)
     broken = args.output / "broken"
     views = open_views(args, broken)
-    needs_words = NETWORKS[args.preset].text == "words"
-    words = tuple(args.nouns)
-    if needs_words and isinstance(views, Views):
-        # Adjectives in the bag cost mIoU: measured on scenes, 0.30 with them and 0.36 without, after 3 epochs.
-        words = nouns_of(args.data, vocabulary(views.captions(), least=2), args.nouns)
-    elif needs_words and not words:
-        raise SystemExit("--preset tiny: nobody reads all captions of shards for its words; give them by --nouns")
-    model = PGSeg(configure(args, words)).to(accelerator.device)
-    pictures = (
-        [open_pictures(args.eval_data, split, args) for split in (args.tune_split, args.eval_split)]
-        if args.eval_data
-        else []
-    )
+    model = PGSeg(configure(args, words_of(views, args))).to(accelerator.device)
+    pictures: list[Pictures] = []
+    if args.eval_data:
+        pictures = [open_pictures(args.eval_data, split, args) for split in (args.tune_split, args.eval_split)]
 
-    def evaluate() -> Any:
+    def evaluate() -> tuple[dict[str, Any], tuple[list[float], list[float]]]:
         tune, test = pictures
         setting = Setting(test.classes, args.background, args.score)
         return zero_shot(model, tune, test, setting, accelerator)
 
-    history = learn(model, views, args, accelerator, evaluate)
-    metrics: dict[str, Any] = {
-        "method": f"npr {args.npr}",
-        "seed": args.seed,
-        "maps": {"eval": {}},
-        "prototypes": history[-1]["prototypes"] if history else {},
-        "history": history,
-        "broken": dict(Broken.read(broken).counts) if broken.exists() else {},
-    }
-    curve: tuple[list[float], list[float]] | None = None
-    if pictures:
-        metrics["maps"]["eval"]["zeroshot"], curve = evaluate()
-        metrics["groups"] = groups(model, pictures[1], accelerator)
-        metrics["trivial"] = trivial(pictures[0], pictures[1])
-    metrics |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_mb": peak_memory_mb(accelerator.device)}
-    metrics["versions"] = versions(*PACKAGES)
+    if progress.wants("train"):
+        progress.done("train", {"history": learn(model, views, args, accelerator, evaluate)})
+    if progress.wants("score") and pictures:
+        model.load_state_dict(load_checkpoint(args.output / "checkpoint" / "train.pt")["model"])
+        entry, curve = evaluate()
+        results = {
+            "maps": {"eval": {"zeroshot": entry}},
+            "sweeps": {"eval": {"zeroshot": curve}},
+            "groups": groups(model, pictures[1], accelerator),
+            "trivial": trivial(pictures[0], pictures[1]),
+        }
+        progress.done("score", results)
+
+    history = progress.found["stages"]["train"]["history"]
+    metrics = progress.metrics(
+        f"npr {args.npr}",
+        PACKAGES,
+        groups=progress.found.get("groups", {}),
+        trivial=progress.found.get("trivial", {}),
+        prototypes=history[-1]["prototypes"],
+        history=history,
+        broken=dict(Broken.read(broken).counts) if broken.exists() else {},
+    )
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
-        show(model, metrics, curve, pictures, args)
-    accelerator.end_training()
+        show(model, metrics, progress.found, pictures, args)
     return metrics
 
 
-def show(model: PGSeg, metrics: dict[str, Any], curve: Any, pictures: Sequence[Pictures], args: PGSegOptions) -> None:
+def words_of(views: Views | ShardPairs[View], args: PGSegOptions) -> tuple[str, ...]:
+    """The words that the network knows, where its text side is a bag of words."""
+    if NETWORKS[args.preset].text != "words":
+        return tuple(args.nouns)
+    if isinstance(views, Views):
+        # Adjectives in the bag cost mIoU: measured on scenes, 0.30 with them and 0.36 without, after 3 epochs.
+        return nouns_of(args.data, vocabulary(views.captions(), least=2), args.nouns)
+    if not args.nouns:
+        raise SystemExit("--preset tiny: nobody reads all captions of shards for its words; give them by --nouns")
+    return tuple(args.nouns)
+
+
+def show(
+    model: PGSeg, metrics: dict[str, Any], found: dict[str, Any], pictures: Sequence[Pictures], args: PGSegOptions
+) -> None:
     """Write ``report.html``."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for epoch, entry in enumerate(metrics["history"]):
@@ -201,7 +200,7 @@ def show(model: PGSeg, metrics: dict[str, Any], curve: Any, pictures: Sequence[P
             if math.isfinite(value):
                 curves.setdefault(name, []).append((epoch + 1, value))
     shown: list[Picture] = []
-    if pictures:
+    if "score" in found["stages"]:
         setting = Setting(pictures[1].classes, args.background, args.score)
         shown = panels(model, pictures[1], setting, metrics["maps"]["eval"]["zeroshot"]["threshold"])
     write_report(
@@ -209,7 +208,7 @@ def show(model: PGSeg, metrics: dict[str, Any], curve: Any, pictures: Sequence[P
         title=f"PGSeg on {Path(args.data).name}: prototypes {args.npr}, seed {args.seed}",
         metrics=metrics,
         history={name: points for name, points in curves.items() if any(value for _, value in points)},
-        sweeps={"eval": {"zeroshot": curve}} if curve else {},
+        sweeps=found.get("sweeps", {}),
         pictures=shown,
         classes=pictures[1].classes if pictures else (),
         config=json.loads((args.output / "config.json").read_text(encoding="utf-8")),

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from protoseg.data import Sample
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep, prototype_diagnostics
@@ -19,6 +18,7 @@ from protoseg.models.pgseg.grouping import StageOutput
 from protoseg.models.pgseg.network import PGSeg
 from protoseg.models.pgseg.zeroshot import Score, group_maps, normalized, segment
 from protoseg.recipes.pictures import Pictures
+from protoseg.recipes.session import share
 from protoseg.report import Picture
 
 
@@ -52,8 +52,7 @@ def sweep(model: PGSeg, pictures: Pictures, setting: Setting, accelerator: Accel
     """Count the masks of every threshold; no tag is used."""
     model.eval()
     counted, every = ThresholdSweep(len(pictures.classes)), torch.ones(len(pictures.classes))
-    indices = range(accelerator.process_index, len(pictures), accelerator.num_processes)
-    for index in tqdm(indices, "zero-shot", disable=not accelerator.is_main_process, leave=False):
+    for index in share(len(pictures), "zero-shot", accelerator):
         sample = pictures[index]
         found = segment(
             model, sample.image, setting.names, background_names=setting.background, background_threshold=0.0,
@@ -74,7 +73,7 @@ def groups(model: PGSeg, pictures: Pictures, accelerator: Accelerator) -> dict[s
     model.eval()
     confusion = ConfusionMatrix(len(pictures.classes))
     rows: list[dict[str, float]] = []
-    for index in range(accelerator.process_index, len(pictures), accelerator.num_processes):
+    for index in share(len(pictures), "groups", accelerator):
         sample = pictures[index]
         side = model.config.test_side
         pixels = normalized(sample.image.to(accelerator.device), (side, side))

@@ -21,6 +21,8 @@ class PGSegOptions(RunOptions):
     """'scenes', a CSV, a VOC-layout folder, or shards"""
     output: Path = Path("runs/pgseg")
     """folder of the run"""
+    stages: list[Literal["train", "score"]] = dataclasses.field(default_factory=lambda: ["train", "score"])  # type: ignore[assignment]
+    """stages to run"""
     shard_pairs: int | None = None
     """pairs of an epoch on each process, with shards"""
     eval_data: str | None = None

@@ -14,20 +14,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from protoseg.data import Sample, load_mask, save_mask
 from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.recipes.options import MaskOptions
 from protoseg.recipes.pictures import Pictures
+from protoseg.recipes.session import share
 from protoseg.report import Picture, write_report
 from protoseg.utils.files import replacing
-
-
-def shard(length: int, accelerator: Accelerator) -> range:
-    """The indices of this process."""
-    return range(accelerator.process_index, length, accelerator.num_processes)
 
 
 @torch.no_grad()
@@ -56,7 +51,7 @@ def score_maps(
     for split, pictures in splits.items():
         sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in names}
         contrasts = {name: RegionContrast(len(pictures.classes)) for name in names}
-        for index in tqdm(shard(len(pictures), accelerator), f"{split} maps", disable=not accelerator.is_main_process):
+        for index in share(len(pictures), f"{split} maps", accelerator):
             sample = pictures[index]
             maps, features = maps_of(sample)
 
@@ -131,9 +126,10 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
     refiner, threshold = load_refiner(args.refine), seed_threshold(found["maps"], args)
     confusion = ConfusionMatrix(len(pictures.classes))
     by_picture: dict[str, float] = {}
+    empty = torch.zeros(1, dtype=torch.long, device=accelerator.device)
     mask_path(args, "").parent.mkdir(parents=True, exist_ok=True)
 
-    for index in tqdm(shard(len(pictures), accelerator), "refine", disable=not accelerator.is_main_process):
+    for index in share(len(pictures), "refine", accelerator):
         sample = pictures[index]
         present = sample.labels.nonzero().flatten()
         maps = enlarge(read_seeds(args, sample.id)[args.seed_map][present], sample.image).to(accelerator.device)
@@ -151,6 +147,7 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
             index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1])
             mask = index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)].to(torch.uint8)
         save_mask(mask_path(args, sample.id), mask)
+        empty += not mask.any()
         if sample.mask is not None:
             confusion.update(mask, sample.mask)
             single = ConfusionMatrix(len(pictures.classes))
@@ -159,7 +156,8 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
                 by_picture[sample.id] = miou
     by_picture = dict(sorted(pair for part in gather_object([by_picture]) for pair in part.items()))
     scored = named(confusion.all_reduce(), pictures.classes)
-    return {**scored, "threshold": threshold, "map": args.seed_map, "pictures": by_picture}
+    counted = int(accelerator.reduce(empty))
+    return {**scored, "threshold": threshold, "map": args.seed_map, "empty": counted, "pictures": by_picture}
 
 
 def named(confusion: ConfusionMatrix, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -32,8 +32,9 @@ from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold
 from protoseg.recipes.pictures import Crops, Pictures, open_pictures
-from protoseg.recipes.progress import Plan, Progress
+from protoseg.recipes.progress import Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
+from protoseg.recipes.session import launch, stoppable
 from protoseg.recipes.vpl_options import VPLOptions, parse
 from protoseg.recipes.vpl_stages import (
     MAPS,
@@ -64,7 +65,7 @@ PLAN = Plan(
         "prototypes": ("checkpoint/prototypes.pt",),
         "seeds": ("seeds/*.npz",),
         "refine": ("pseudo_masks/*.png",),
-        "segment": ("checkpoint/decoder.pt", "masks/*.png", "metrics.json", "report.html"),
+        "segment": ("checkpoint/decoder.pt", "masks/*.png"),
     },
     results={
         "prototypes": ("prototypes",),
@@ -72,8 +73,9 @@ PLAN = Plan(
         "refine": ("pseudo_masks",),
         "segment": ("segmentation",),
     },
-    free=("config", "output", "resume", "overwrite", "stages", "device", "workers", "skip_broken", "cache"),
+    free=("cache",),
     own={"refine": ("seed_map", "threshold", "refine", *RSC, *DECODER), "segment": (*RSC, *DECODER)},
+    epochs={"segment": "epochs"},
 )
 
 
@@ -118,12 +120,18 @@ def segment(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and the masks; returns the metrics."""
-    began = time.monotonic()
     args = parse(argv, __doc__)
     check(args)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
-    if args.device not in ("auto", "cpu", accelerator.device.type):
-        raise SystemExit(f"--device: accelerate found {accelerator.device}, not {args.device}; say 'auto' or 'cpu'")
+    accelerator = launch(args)
+    with stoppable(args):
+        metrics = run(args, accelerator)
+    conclude(metrics, args.output, accelerator)
+    return metrics
+
+
+def run(args: VPLOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """Run the stages for flags that have been read."""
+    began = time.monotonic()
     splits = {
         "train": open_pictures(args.data, args.train_split, args),
         "eval": open_pictures(args.eval_data or args.data, args.eval_split, args),
@@ -168,7 +176,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_json(args.output / "metrics.json", metrics)
         title = f"VPL on {Path(args.data).name}: {method}, seed {args.seed}"
         report(title, metrics, progress.found, splits["train"], args)
-    accelerator.end_training()
     return metrics
 
 

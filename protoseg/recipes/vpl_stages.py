@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from protoseg import RegionalSemanticContrast, VisionPrototypeLearner
 from protoseg.clip import BACKGROUND, TEMPLATES, FrozenCLIP
@@ -19,7 +18,8 @@ from protoseg.functional import attention_affinity, feature_attention, max_norma
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
 from protoseg.recipes.pictures import Pictures
-from protoseg.recipes.pseudo_masks import enlarge, named, shard
+from protoseg.recipes.pseudo_masks import enlarge, named
+from protoseg.recipes.session import share
 from protoseg.recipes.vpl_options import VPLOptions
 
 MAPS = ("text", "text_centered", "vision", "vision_affinity")
@@ -54,7 +54,7 @@ def learn(
     """Phase 1: vision prototypes from the training pictures' features and, with ``--fit-tags``, their tags."""
     text, background = texts(clip, pictures.classes, args)
     features, labels = [text[:0]], [torch.zeros(0, len(text))]
-    for index in tqdm(shard(len(pictures), accelerator), "features", disable=not accelerator.is_main_process):
+    for index in share(len(pictures), "features", accelerator):
         sample = pictures[index]
         features.append(clip.encode(clip.prepare(sample.image, args.size), pooling=args.pooling).pooled)
         labels.append(sample.labels[None])
@@ -140,7 +140,7 @@ def score_decoder(
     (args.output / "masks").mkdir(parents=True, exist_ok=True)
     for split, pictures in splits.items():
         confusion, floor = ConfusionMatrix(len(pictures.classes)), ConfusionMatrix(len(pictures.classes))
-        for index in tqdm(shard(len(pictures), accelerator), f"{split} masks", disable=not accelerator.is_main_process):
+        for index in share(len(pictures), f"{split} masks", accelerator):
             sample = pictures[index]
             pixels = clip.prepare(sample.image, args.size)
             both = torch.cat([pixels, pixels.flip(-1)])

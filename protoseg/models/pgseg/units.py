@@ -105,11 +105,7 @@ class AttentionUnit(nn.Module):
         logits = self.query(queries) @ self.key(tokens).transpose(1, 2) * queries.shape[-1] ** -0.5
         logits = logits.float()  # a softmax in half precision loses groups
         soft = logits.softmax(1)
-        shares = soft
-        if self.training:
-            noise = -torch.empty_like(logits).exponential_().log()
-            shares = (logits + noise).softmax(1)
-        shares = straight_through(shares, 1)
+        shares = F.gumbel_softmax(logits, hard=True, dim=1) if self.training else straight_through(soft, 1)
         weights = (shares / (shares.sum(-1, keepdim=True) + 1.0)).to(tokens.dtype)
         groups = self.project(weights @ self.value(tokens)) + queries
         groups = groups + self.mlp(self.norm_out(groups))
