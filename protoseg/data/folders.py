@@ -39,7 +39,6 @@ VOC_CLASSES = (
 )
 """The 20 foreground classes of PASCAL VOC, in the order of its masks: 1 = aeroplane, ..., 20 = tvmonitor."""
 
-TagSource = Literal["auto", "csv", "xml", "masks"]
 MaskUse = Literal["optional", "required", "none"]
 
 # What people append to a picture's name to call its mask.
@@ -261,7 +260,7 @@ class VOCFolder(TaggedPictures):
         root: str | os.PathLike[str],
         split: str,
         *,
-        tags: TagSource = "auto",
+        tags: str = "auto",
         masks: MaskUse = "optional",
         mask_dir: str = "SegmentationClass",
         upright: bool = True,
@@ -313,7 +312,7 @@ class VOCFolder(TaggedPictures):
     def _tags(
         self,
         root: Path,
-        source: TagSource,
+        source: str,
         ids: Sequence[str],
         pictures: PictureIndex,
         stated: tuple[str, ...] | None,

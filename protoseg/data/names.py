@@ -104,7 +104,7 @@ class PictureIndex:
         for table, key in ((self._exact, name), (self._folded, name.casefold())):
             for form in (key, without_ending(key)):
                 for end in _ends(form):
-                    found = sorted({*table.get(end, ())})
+                    found: list[int] = sorted({*table.get(end, [])})
                     if len(found) == 1:
                         return found[0]
                     double = double or found

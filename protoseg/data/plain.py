@@ -26,7 +26,7 @@ _EMPTY = {"background", "_background_", "__background__", "bg", "none", "nothing
 
 
 class PictureFolder(TaggedPictures):
-    """Pictures from any folder, with tags from whatever there is.
+    r"""Pictures from any folder, with tags from whatever there is.
 
     Args:
         root: The folder; pictures of all its sub-folders count.
@@ -57,13 +57,14 @@ class PictureFolder(TaggedPictures):
         untagged: Pictures that the tags do not speak of; they are left out.
         ambiguous: Names in the tags that stand for more than one picture, with the reason.
         unknown: Tags that are none of the stated classes, with near ones; they are left out.
+        broken: What is wrong with files of annotations that cannot be read.
 
     Example:
         >>> import tempfile
         >>> from PIL import Image
         >>> root = Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (8, 6)).save(root / "IMG 1.JPG", "JPEG")
-        >>> _ = (root / "my tags.csv").write_text("Bild;Tags\\nimg 1;cat, traffic light\\n")
+        >>> _ = (root / "my tags.csv").write_text("Bild;Tags\nimg 1;cat, traffic light\n")
         >>> folder = PictureFolder(root)
         >>> folder.ids, folder.classes, folder[0].image.shape
         (['IMG 1'], ('cat', 'traffic light'), torch.Size([3, 6, 8]))
@@ -100,7 +101,8 @@ class PictureFolder(TaggedPictures):
         # 2. What the source says.
         stated, note = _stated(classes)
         columns = {"id_column": id_column, "tags_column": tags_column, "separator": separator}
-        found = _read(root, tags, index, stated, columns)
+        broken: list[str] = []
+        found = _read(root, tags, index, stated, columns, broken)
         spelling, notes = _clean(found.tags)
         rows = {
             name: tuple(dict.fromkeys(spelling[tag] for tag in names if spelling[tag]))
@@ -161,7 +163,7 @@ class PictureFolder(TaggedPictures):
             upright=upright,
             max_side=max_side,
         )
-        self.lost, self.ambiguous, self.unknown = lost, ambiguous, unknown
+        self.lost, self.ambiguous, self.unknown, self.broken = lost, ambiguous, unknown, broken
         self.untagged = [path for place, path in enumerate(index.paths) if place not in present]
         self.notes = [*filter(None, [note]), *found.tags.notes, *notes]
         if others := Counter(Path(path).suffix.lower() for path in list_files(root, _OTHERS)):
@@ -193,15 +195,16 @@ def _read(
     index: PictureIndex,
     classes: tuple[str, ...] | None,
     columns: Mapping[str, str | None],
+    broken: list[str],
 ) -> Annotations:
     """Tags and outlines of a source, or of what there is."""
     if source is None:
-        return _guess(root, index, classes, columns)
+        return _guess(root, index, classes, columns, broken)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of tags")
     if path.is_dir():
-        found = _read_many(path, list_files(path, (".json", ".xml")))
+        found = _read_many(path, list_files(path, (".json", ".xml")), broken)
         if found is None:
             raise ValueError(f"{path}: no annotations of LabelMe, VOC, CVAT or COCO in it; give the table of the tags")
         return found
@@ -232,7 +235,11 @@ def _voc_names(index: PictureIndex) -> tuple[str, ...] | None:
 
 
 def _guess(
-    root: Path, index: PictureIndex, classes: tuple[str, ...] | None, columns: Mapping[str, str | None]
+    root: Path,
+    index: PictureIndex,
+    classes: tuple[str, ...] | None,
+    columns: Mapping[str, str | None],
+    broken: list[str],
 ) -> Annotations:
     """What lies in the folder: a table, annotations, or folders that are named as the classes."""
     own = [path for path in list_files(root, (*_TABLES, ".npy")) if "/" not in path]
@@ -240,9 +247,9 @@ def _guess(
     if len(tables) > 1:
         raise ValueError(f"{root}: several tables, {listed(tables)}; say which one has the tags by --tags")
     if tables:
-        return _read(root, root / tables[0], index, classes, columns)
+        return _read(root, root / tables[0], index, classes, columns, broken)
 
-    annotated = _read_many(root, list_files(root, (".json", ".xml")))
+    annotated = _read_many(root, list_files(root, (".json", ".xml")), broken)
     if annotated is not None:
         return annotated
 
@@ -252,7 +259,7 @@ def _guess(
         depth = 0
         while all(len(parts) > depth + 1 and parts[depth].casefold() in _SPLITS for parts in below):
             depth += 1
-        tags = {path: (parts[depth],) for path, parts in zip(index.paths, below, strict=True)}
+        tags: dict[str, tuple[str, ...]] = {path: (parts[depth],) for path, parts in zip(index.paths, below, strict=True)}
         names = {name for names in tags.values() for name in names}
         return Annotations(Tags(tags, None, (f"tags from the names of {len(names)} folders",)), {})
     raise ValueError(
@@ -261,12 +268,16 @@ def _guess(
     )
 
 
-def _read_many(root: Path, paths: Sequence[str]) -> Annotations | None:
-    """Annotations of all files that are some; ``None`` where there are none."""
+def _read_many(root: Path, paths: Sequence[str], broken: list[str]) -> Annotations | None:
+    """Annotations of all files that are some, ``None`` where there are none; what cannot be read is added to a list."""
     found = []
     for path in paths:
         read = read_json if path.lower().endswith(".json") else read_xml
-        annotations = read(root / path)
+        try:
+            annotations = read(root / path)
+        except ValueError as error:
+            broken.append(str(error))
+            continue
         if annotations is not None:
             found.append(annotations)
     if not any(each.tags.rows for each in found):

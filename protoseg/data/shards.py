@@ -217,7 +217,7 @@ def _members(blocks: _Blocks, fault: Fault) -> Iterator[tuple[str, bytes]]:
     """Give name and content of the files of a tar that can be a sample's."""
     with tarfile.open(fileobj=cast(Any, blocks), mode="r|*", tarinfo=_Entry) as archive:
         for entry in archive:
-            archive.members = []  # which would grow with the shard
+            archive.members = []  # type: ignore[attr-defined]  # which would grow with the shard
             name = entry.name
             if not entry.isreg() or name.startswith("__") or not name.lower().endswith(_WANTED):
                 continue

@@ -62,6 +62,12 @@ class Survey(NamedTuple):
         return "\n".join(lines)
 
 
+class _File(NamedTuple):
+    split: str
+    name: str
+    path: Path
+
+
 class _Seen(NamedTuple):
     """What is known of the pictures of a split after they were looked at."""
 
@@ -87,15 +93,13 @@ def survey(splits: Mapping[str, TaggedPictures]) -> Survey:
     facts: list[str] = []
     faults: list[Fault] = []
     broken: dict[str, dict[str, str]] = {}
-    contents: dict[str, dict[str, list[str]]] = {}
+    looks = {split: _look(pictures) for split, pictures in splits.items()}
+    contents = _contents(splits, looks)
     for split, pictures in splits.items():
-        facts += pictures.notes
-        seen = _look(pictures)
-        facts += _told(split, pictures, seen)
+        seen = looks[split]
+        facts += [*pictures.notes, *_told(split, pictures, seen), *_doubles(split, pictures, contents[split])]
         faults += [*_of_tags(split, pictures), *_of_files(split, seen), *_of_masks(split, pictures, seen)]
         broken[split] = seen.broken
-        contents[split] = _contents(pictures, seen)
-        facts += _doubles(split, pictures, contents[split])
     faults += _overlaps(splits, contents)
     return Survey(list(dict.fromkeys(facts)), faults, broken)
 
@@ -214,6 +218,7 @@ def _of_tags(split: str, pictures: TaggedPictures) -> list[Fault]:
                 )
             )
         faults += [Fault(f"{split}, a name of several pictures", each) for each in pictures.ambiguous.values()]
+        faults += [Fault(f"{split}, annotations", each) for each in pictures.broken]
         for name, near in pictures.unknown.items():
             hint = f"did you mean {near}?" if near else f"the classes are {listed(pictures.classes)}"
             faults.append(Fault(f"{split}, a tag that is no class", f"{name!r}; {hint}"))
@@ -240,20 +245,33 @@ def _of_masks(split: str, pictures: TaggedPictures, seen: _Seen) -> list[Fault]:
     return [Fault(f"{split}, tags that never occur in a mask", f"{listed(never)} in {seen.masked} masks; {hint}")]
 
 
-def _contents(pictures: TaggedPictures, seen: _Seen) -> dict[str, list[str]]:
-    """Names of the pictures by a digest of their files, of those whose size is another's too."""
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for index in seen.headers:
-        by_size[pictures.picture_path(index).stat().st_size].append(index)
-    found: dict[str, list[str]] = defaultdict(list)
-    for size, indices in by_size.items():
-        for index in indices:
-            with pictures.picture_path(index).open("rb") as file:
-                # The middle of a picture tells it from others; what begins and ends it may not.
-                file.seek(size // 3)
-                digest = hashlib.blake2b(file.read(1 << 16), digest_size=16, salt=str(size).encode()[-16:])
-            found[digest.hexdigest()].append(pictures.ids[index])
+def _contents(splits: Mapping[str, TaggedPictures], looks: Mapping[str, _Seen]) -> dict[str, dict[str, list[str]]]:
+    """By split: names of the pictures by what their files hold; those whose size no other has are left out."""
+    files = [
+        _File(split, name, pictures.picture_path(index))
+        for split, pictures in splits.items()
+        for index, name in enumerate(pictures.ids)
+        if index in looks[split].headers
+    ]
+    # What is read grows from step to step, and what is alone is left out before each.
+    keys = [str(file.path.stat().st_size) for file in files]
+    for most in (1 << 14, -1):
+        times = Counter(keys)
+        shared = [(file, key) for file, key in zip(files, keys, strict=True) if times[key] > 1]
+        files = [file for file, _ in shared]
+        keys = [f"{key} {_digest(file.path, most)}" for file, key in shared]
+
+    found: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in splits}
+    for file, key in zip(files, keys, strict=True):
+        found[file.split][key].append(file.name)
     return found
+
+
+def _digest(path: Path, most: int) -> str:
+    with path.open("rb") as file:
+        if most > 0:
+            file.seek(path.stat().st_size // 3)  # pictures of one camera begin and end alike
+        return hashlib.blake2b(file.read(most), digest_size=16).hexdigest()
 
 
 def _doubles(split: str, pictures: TaggedPictures, contents: Mapping[str, Sequence[str]]) -> list[str]:
@@ -277,7 +295,7 @@ def _overlaps(splits: Mapping[str, TaggedPictures], contents: Mapping[str, Mappi
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
             if splits[first].picture_files() == splits[second].picture_files():
-                continue  # one split under two names, on purpose
+                continue  # one set under two names, on purpose
             both = sorted(
                 name for digest, found in contents[first].items() if digest in contents[second] for name in found
             )
