@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from protoseg.data.images import pillow
 from protoseg.data.tables import Tags, merge, read_text
 
-__all__ = ["Annotations", "Shape", "decode_rle", "draw", "join", "parse_xml", "read_json", "read_xml"]
+__all__ = ["Annotations", "Shape", "decode_rle", "draw", "encode_rle", "join", "parse_xml", "read_json", "read_xml"]
 
 
 class Shape(NamedTuple):
@@ -217,6 +217,29 @@ def decode_rle(text: str) -> tuple[int, ...]:
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value, shift = 0, 0
     return tuple(runs)
+
+
+def encode_rle(inside: NDArray[np.bool_]) -> str:
+    """COCO's compressed text of a mask ``[H, W]``, run by run down the columns; the reverse of `decode_rle`.
+
+    Example:
+        >>> decode_rle(encode_rle(np.array([[True, False], [True, False]])))
+        (0, 2, 2)
+    """
+    flat = np.concatenate([[False], inside.T.ravel()])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    runs = np.diff(np.concatenate([[0], edges, [inside.size]])).tolist()
+    text = []
+    for place, run in enumerate(runs):
+        value = run - runs[place - 2] if place > 2 else run
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            # What is left is nothing but the sign that the highest of the five bits says already.
+            more = value != (-1 if bits & 16 else 0)
+            text.append(chr(48 + bits + 32 * more))
+    return "".join(text)
 
 
 def _labelme(path: Path, content: Mapping[str, Any]) -> Annotations:

@@ -259,7 +259,9 @@ def _guess(
         depth = 0
         while all(len(parts) > depth + 1 and parts[depth].casefold() in _SPLITS for parts in below):
             depth += 1
-        tags: dict[str, tuple[str, ...]] = {path: (parts[depth],) for path, parts in zip(index.paths, below, strict=True)}
+        tags: dict[str, tuple[str, ...]] = {
+            path: (parts[depth],) for path, parts in zip(index.paths, below, strict=True)
+        }
         names = {name for names in tags.values() for name in names}
         return Annotations(Tags(tags, None, (f"tags from the names of {len(names)} folders",)), {})
     raise ValueError(

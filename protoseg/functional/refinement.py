@@ -13,7 +13,7 @@ from protoseg.utils import checks
 
 __all__ = ["Refiner", "load_refiner", "pixel_adaptive_refine"]
 
-_TILE = 1024  # pixels at the side of a tile with what it needs around it
+_TILE = 768  # pixels at the side of a tile with what it needs around it
 Window = tuple[slice, slice]
 
 Refiner = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +73,8 @@ def pixel_adaptive_refine(
         )
     # What a tile computes is right as far from its edges as values travel; only the picture's own edges are repeated.
     halo = iterations * max(dilations)
-    floor = 1e-4 * images.abs().amax((1, 2, 3), keepdim=True).float().clamp_min(1e-8)
+    largest = torch.maximum(images.amax((1, 2, 3), keepdim=True), -images.amin((1, 2, 3), keepdim=True).float())
+    floor = 1e-4 * largest.clamp_min(1e-8)
     result = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     for target, source, inner in _tiles(maps.shape[-2], maps.shape[-1], halo):
         tile = _refine(
@@ -105,9 +106,7 @@ def _tiles(height: int, width: int, halo: int) -> Iterator[tuple[Window, Window,
                 (max(0, first - halo), min(length, last + halo))
                 for (first, last), length in zip(ends, (height, width), strict=True)
             ]
-            inner = [
-                slice(first - start, last - start) for (first, last), (start, _) in zip(ends, wide, strict=True)
-            ]
+            inner = [slice(first - start, last - start) for (first, last), (start, _) in zip(ends, wide, strict=True)]
             target = [slice(first, last) for first, last in ends]
             source = [slice(first, last) for first, last in wide]
             yield (target[0], target[1]), (source[0], source[1]), (inner[0], inner[1])

@@ -16,6 +16,13 @@ RECIPES = {
     "pgseg": ("protoseg.recipes.pgseg", "masks for classes by name, from pictures with sentences (PGSeg)"),
     "vpl": ("protoseg.recipes.vpl", "masks from image-level tags, by a frozen CLIP and prototypes in it (VPL)"),
 }
+# Commands of their own.
+COMMANDS = {
+    "masks": ("protoseg.recipes.masks", "masks from a folder of pictures and a table of tags, in one command"),
+    "check": ("protoseg.recipes.check", "everything that is wrong with a folder of pictures and tags, in one list"),
+    "predict": ("protoseg.recipes.predict", "masks of new pictures, by the network of a run"),
+    "convert": ("protoseg.recipes.convert", "masks as COCO, LabelMe, color PNG or IRN's .npy"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,8 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (_, what) in RECIPES.items():
         # Its flags, --help among them, are read by the recipe.
         recipes.add_parser(name, help=what, add_help=False)
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] and arguments[0] in COMMANDS:
+        module, _ = COMMANDS[arguments[0]]
+        importlib.import_module(module).main(arguments[1:])
+        return
     chosen = parser.parse_args(arguments[:2])
     module, _ = RECIPES[chosen.recipe]
     importlib.import_module(module).main(arguments[2:])

@@ -33,10 +33,10 @@ class RunOptions:
     eval_data: str | None = None
     """folder of the evaluation pictures, with the same classes; --data where not given"""
     eval_split: str = "val"
-    """of the folder"""
+    """of the folder; 'none': evaluate on none"""
     tags: str = "auto"
-    """where tags come from; of a VOC-layout folder: csv, xml, masks, or auto: labels.csv, else XML; of any other: a table,
-    COCO, LabelMe, CVAT or VOC files, or auto: what lies in the folder, else the names of its folders"""
+    """where tags come from; of a VOC-layout folder: csv, xml, masks, or auto: labels.csv, else XML; of any other: a
+    table, COCO, LabelMe, CVAT or VOC files, or auto: what lies in the folder, else the names of its folders"""
     classes: Path | None = None
     """file of the classes' names, one a line in the order of the masks; by default those of the tags"""
     id_column: str | None = None

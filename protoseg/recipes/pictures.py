@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
+TAG_SOURCES = ("auto", "csv", "xml", "masks")  # of a VOC-layout folder
 KEEP = 2**30  # bytes of pictures that a process holds in memory
 
 
@@ -87,6 +89,39 @@ def is_voc(data: str) -> bool:
     return (Path(data) / "ImageSets" / "Segmentation").is_dir()
 
 
+def has_split(data: str, split: str) -> bool:
+    """Whether there are pictures of a split: made scenes have all, VOC-layout folders lists, other folders one only."""
+    if data == "scenes":
+        return True
+    return (Path(data) / "ImageSets" / "Segmentation" / f"{split}.txt").is_file() or not is_voc(data)
+
+
+def open_splits(args: RunOptions, say: Callable[[str], object]) -> dict[str, Pictures]:
+    """Open the pictures to train on and, where there are some, those to evaluate on; all are looked at first.
+
+    Args:
+        args: The flags.
+        say: Is told what was found.
+
+    Raises:
+        SystemExit: Something cannot be read or is wrong with the pictures, or the splits have different classes.
+    """
+    sources = {"train": open_source(args.data, args.train_split, args)}
+    other = args.eval_data not in (None, args.data)
+    if other or (has_split(args.data, args.eval_split) and (args.data == "scenes" or is_voc(args.data))):
+        # Their tags lie beside them, and are not those that a flag names for --data.
+        own = args if not other or args.tags in TAG_SOURCES else dataclasses.replace(args, tags="auto")
+        sources["eval"] = open_source(args.eval_data or args.data, args.eval_split, own)
+        if sources["eval"].classes != sources["train"].classes:
+            raise SystemExit(
+                f"--eval-data: its classes {sources['eval'].classes} are not the training data's "
+                f"{sources['train'].classes}"
+            )
+    elif args.eval_split != "none":
+        say(f"no pictures to evaluate on: {args.data} has no split {args.eval_split!r}")
+    return checked(sources, args, say)
+
+
 def open_source(data: str, split: str, args: RunOptions) -> Scenes | TaggedPictures:
     """Open made scenes, a VOC-layout folder, or any folder of pictures.
 
@@ -105,7 +140,7 @@ def open_source(data: str, split: str, args: RunOptions) -> Scenes | TaggedPictu
     upright = args.exif == "upright"
     try:
         if is_voc(data):
-            if args.tags not in ("auto", "csv", "xml", "masks"):
+            if args.tags not in TAG_SOURCES:
                 raise SystemExit(f"--tags: {data} has VOC's layout, whose tags are auto, csv, xml or masks")
             return VOCFolder(
                 data, split, tags=args.tags, mask_dir=args.mask_dir, upright=upright, max_side=args.max_side

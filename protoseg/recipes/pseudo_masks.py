@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from protoseg.data import Sample, load_mask, save_mask
-from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
+from protoseg.functional import Refiner, load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.recipes.options import MaskOptions
 from protoseg.recipes.pictures import Pictures
@@ -141,21 +141,8 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
     for index in share(len(pictures), "refine", accelerator):
         sample = pictures[index]
-        present = sample.labels.nonzero().flatten()
-        maps = enlarge(read_seeds(args, sample.id)[args.seed_map], sample.image).to(accelerator.device)
-
-        # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
-        below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
-        maps = torch.where(maps < threshold, below, above)
-        if refiner is not None and len(present):
-            image = sample.image[None].to(accelerator.device)
-            maps = refiner(with_background(maps)[None], image)[0]
-            maps = maps[1:] / (maps[:1] + maps[1:].amax(0, keepdim=True)).clamp_min(1e-6)
-        mask = torch.zeros(sample.image.shape[-2:], dtype=torch.uint8)
-        if len(present):
-            # A map per present class: their indices in the mask are the classes'.
-            index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1])
-            mask = index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)].to(torch.uint8)
+        maps = read_seeds(args, sample.id)[args.seed_map]
+        mask = mask_of(maps, sample, refiner, threshold, accelerator.device)
         whole = mask if sample.size is None else nearest(mask, sample.size)
         path = mask_path(args, sample.id)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +158,26 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
     scored = named(confusion.all_reduce(), pictures.classes)
     counted = int(accelerator.reduce(empty))
     return {**scored, "threshold": threshold, "map": args.seed_map, "empty": counted, "pictures": by_picture}
+
+
+def mask_of(maps: Tensor, sample: Sample, refiner: Refiner | None, threshold: float, device: torch.device) -> Tensor:
+    """Make a picture's mask ``[H, W]`` from the maps ``[P, h, w]`` of the classes that it has."""
+    present = sample.labels.nonzero().flatten()
+    if not len(present):
+        return torch.zeros(sample.image.shape[-2:], dtype=torch.uint8)
+    maps = enlarge(maps, sample.image).to(device)
+
+    # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
+    below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
+    maps = torch.where(maps < threshold, below, above)
+    if refiner is not None:
+        image = sample.image[None].to(device)
+        maps = refiner(with_background(maps)[None], image)[0]
+        maps = maps[1:] / (maps[:1] + maps[1:].amax(0, keepdim=True)).clamp_min(1e-6)
+
+    # A map per present class: their indices in the mask are the classes'.
+    index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1]).to(torch.uint8)
+    return index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)]
 
 
 def named(confusion: ConfusionMatrix, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -235,9 +242,7 @@ def _shown(found: Mapping[str, Any], pictures: Pictures, args: MaskOptions) -> I
         sample = pictures[index]
         stored = read_seeds(args, name)
         blank = torch.zeros(sample.image.shape[-2:])  # of a picture without a class
-        panels = {
-            key: enlarge(each, sample.image).amax(0) if len(each) else blank for key, each in stored.items()
-        }
+        panels = {key: enlarge(each, sample.image).amax(0) if len(each) else blank for key, each in stored.items()}
         if "refine" in found["stages"]:
             panels["pseudo mask"] = pseudo_mask(sample, args)
         tags = [tag for tag, present in zip(pictures.classes, sample.labels.tolist(), strict=True) if present]

@@ -1,0 +1,140 @@
+"""``protoseg masks`` and ``protoseg check`` on the same pictures in every shape, and on faulty ones."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import folders
+from tests.trainer import masks as read_masks
+from tests.trainer import read
+
+from protoseg.data import TaggedPictures  # isort: skip
+from protoseg.recipes import check, masks  # isort: skip
+
+TINY = ["--device", "cpu", "--preset", "scenes", "--size", "48", "--crop", "48", "--backbone", "small:8"]
+QUICK = [*TINY, "--epochs", "1", "--batch", "20", "--refine", "none"]
+
+
+def opened(flags: list[str]) -> TaggedPictures:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    check.add_sources(parser)
+    (found,) = check.open_folder(parser.parse_args(flags)).values()
+    return found
+
+
+def tags_of(folder: TaggedPictures) -> dict[str, set[str]]:
+    return {
+        Path(name).name: {tag for tag, here in zip(folder.classes, row, strict=True) if here}
+        for name, row in zip(folder.ids, folder.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("shape", sorted(folders.SHAPES))
+def test_every_shape_gives_the_same_tags_and_pictures(shape: str, tmp_path: Path) -> None:
+    given, classes = folders.items(60)
+    folder = opened(folders.SHAPES[shape](tmp_path, given, classes))
+    assert tags_of(folder) == {item.name: {*item.tags} for item in given}
+    assert folder.classes == classes
+    by_name = {item.name: item for item in given}
+    for sample in folder:
+        assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), by_name[Path(sample.id).name].pixels)
+
+
+def test_folders_as_classes(tmp_path: Path) -> None:
+    given, _ = folders.items(60)
+    given = [item for item in given if item.tags]
+    folder = opened(folders.imagefolder(tmp_path, given, ()))
+    assert tags_of(folder) == {item.name: {item.tags[0]} for item in given}
+
+
+def test_outlines_become_masks(tmp_path: Path) -> None:
+    given, classes = folders.items(10)
+    folder = opened(folders.coco(tmp_path, given, classes))
+    for item, sample in zip(given, folder, strict=True):
+        assert sample.mask is not None
+        present = [classes.index(tag) + 1 for tag in item.tags]
+        assert np.array_equal(sample.mask.numpy(), np.where(np.isin(item.mask, present), item.mask, 0))
+
+
+def test_masks_are_the_same_whatever_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, classes = folders.items(60)
+    found: dict[str, dict[str, Any]] = {}
+    for shape in ("plain", "german", "subfolders", "voc_layout", "mixed"):
+        root = tmp_path / shape
+        root.mkdir()
+        flags = folders.SHAPES[shape](root, given, classes)
+        masks.main([*flags, "--output", str(root / "out"), *QUICK])
+        folder = root / "out" / "pseudo_masks"
+        found[shape] = {path.stem: path.read_bytes() for path in folder.rglob("*.png")}
+        assert f"60 masks in {folder} (" in capsys.readouterr().out
+    assert set(found["plain"]) == {item.name for item in given}
+    assert any(np.any(mask) for mask in read_masks(tmp_path / "plain" / "out" / "pseudo_masks").values())
+    for shape, each in found.items():
+        assert each == found["plain"], shape
+
+
+class TestTwelveFaults:
+    KINDS = (
+        *("bild 000", "bild 001", "bild 002", "bild 003", "bild 004", "nowhere", "stranger", "bild 005"),
+        *("bild 006", "bild 007", "bild 008", "bild 009"),
+    )
+
+    def test_one_list_names_them_all_in_seconds(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        given, classes = folders.items(60)
+        flags = folders.faulty(tmp_path, given, classes)
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            check.main(flags)
+        assert time.monotonic() - began < 10
+        assert stopped.value.code == 1
+        listed = capsys.readouterr().out.partition("12 faults:")[2].strip().splitlines()
+        assert len(listed) == 12
+        for name in self.KINDS:
+            assert sum(f"{name}" in line for line in listed) >= 1, name
+        for words in ("is truncated|image file|broken|Truncated", "none of", "12000 x 12000", "mode F", "format JPEG"):
+            assert any(word in line for word in words.split("|") for line in listed), words
+
+    def test_training_stops_before_the_first_step_or_goes_on_without_them(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given, classes = folders.items(60)
+        flags = [*folders.faulty(tmp_path, given, classes), "--output", str(tmp_path / "out"), *QUICK]
+        with pytest.raises(SystemExit, match="12 faults") as stopped:
+            masks.main(flags)
+        assert "Traceback" not in str(stopped.value)
+        assert not (tmp_path / "out").exists()
+        metrics = masks.main([*flags, "--skip-broken"])
+        assert len(metrics["broken"]["train"]) == 9
+        printed = capsys.readouterr().out
+        assert "left out, train: 9" in printed
+        assert "50 masks in" in printed
+        assert read(tmp_path / "out")["broken"] == metrics["broken"]
+
+
+def test_a_run_is_never_deleted_unasked(tmp_path: Path) -> None:
+    given, classes = folders.items(20)
+    flags = [*folders.plain(tmp_path, given, classes), "--output", str(tmp_path / "out"), *QUICK]
+    masks.main(flags)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=r"--output: .* holds results .* or say --overwrite"):
+        masks.main(flags)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    masks.main([*flags, "--resume"])
+    other = masks.main([*flags, "--stages", "refine", "--overwrite", "--threshold", "0.9"])
+    assert other["pseudo_masks"]["train"]["threshold"] == 0.9
+    masks.main([*flags, "--overwrite"])
+
+
+def test_large_pictures_are_read_smaller_and_their_masks_have_the_full_size(tmp_path: Path) -> None:
+    given, classes = folders.items(20)
+    flags = [*folders.plain(tmp_path, given, classes), "--output", str(tmp_path / "out"), *QUICK]
+    masks.main([*flags, "--max-side", "32"])
+    for name, mask in read_masks(tmp_path / "out" / "pseudo_masks").items():
+        assert mask.shape == next(item.mask.shape for item in given if item.name == name)
