@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import folders
 from tests.trainer import masks as read_masks
 from tests.trainer import read
 
-from protoseg.data import TaggedPictures  # isort: skip
-from protoseg.recipes import check, masks  # isort: skip
+from protoseg.data import TaggedPictures, save_mask  # isort: skip
+from protoseg.data.files import read_colors, read_mask  # isort: skip
+from protoseg.recipes import check, convert, masks, predict  # isort: skip
 
 TINY = ["--device", "cpu", "--preset", "scenes", "--size", "48", "--crop", "48", "--backbone", "small:8"]
 QUICK = [*TINY, "--epochs", "1", "--batch", "20", "--refine", "none"]
@@ -138,3 +142,115 @@ def test_large_pictures_are_read_smaller_and_their_masks_have_the_full_size(tmp_
     masks.main([*flags, "--max-side", "32"])
     for name, mask in read_masks(tmp_path / "out" / "pseudo_masks").items():
         assert mask.shape == next(item.mask.shape for item in given if item.name == name)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[folders.Item], tuple[str, ...]]:
+    """A finished run; not to be changed."""
+    root = tmp_path_factory.mktemp("done")
+    given, classes = folders.items(20)
+    masks.main([*folders.plain(root, given, classes), "--output", str(root / "out"), *QUICK])
+    return root, given, classes
+
+
+class TestAfterwards:
+    """``predict`` and ``convert`` on a finished run."""
+
+    def test_predict_elsewhere_gives_the_masks_of_the_run(
+        self, done: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root, _, _ = done
+        moved = tmp_path / "moved"
+        shutil.copytree(root / "out", moved)
+        for path in (moved, *moved.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222)
+        flags = [str(moved), str(root / "in"), "--output", str(tmp_path / "new"), "--device", "cpu"]
+        predict.main([*flags, "--tags", str(root / "tags.csv")])
+        for path in (moved, *moved.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+        expected = read_masks(root / "out" / "pseudo_masks")
+        found = read_masks(tmp_path / "new" / "masks")
+        assert set(found) == set(expected)
+        for name, mask in found.items():
+            assert np.array_equal(mask, expected[name]), name
+        assert "20 masks in" in capsys.readouterr().out
+
+        with pytest.raises(SystemExit, match="holds 20 masks; take another, or say --resume"):
+            predict.main([*flags, "--tags", str(root / "tags.csv")])
+        (tmp_path / "new" / "masks" / "bild 003.png").unlink()
+        predict.main([*flags, "--tags", str(root / "tags.csv"), "--resume"])
+        assert "1 masks in" in (printed := capsys.readouterr().out)
+        assert "19 kept" in printed
+        assert np.array_equal(read_masks(tmp_path / "new" / "masks")["bild 003"], expected["bild 003"])
+
+    def test_predict_without_tags_asks_the_network(self, done: Any, tmp_path: Path) -> None:
+        root, given, classes = done
+        for probability, count in (("0", len(classes)), ("1", 0)):
+            output = tmp_path / probability
+            flags = [str(root / "out"), str(root / "in"), "--output", str(output), "--device", "cpu"]
+            predict.main([*flags, "--probability", probability])
+            rows = (output / "tags-0.csv").read_text().splitlines()[1:]
+            assert [len([tag for tag in row.partition(",")[2].split(";") if tag]) for row in rows] == [count] * len(
+                given
+            )
+        assert not any(mask.any() for mask in read_masks(tmp_path / "1" / "masks").values())
+
+    def test_what_is_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match=r"is no folder of a finished run: no .*config\.json"):
+            predict.main([str(tmp_path), str(tmp_path)])
+        with pytest.raises(SystemExit, match="must be the folder of a run, or of masks with a classes"):
+            convert.main([str(tmp_path), "--to", "coco"])
+
+    def test_coco_reads_back_as_the_same_masks(self, done: Any, tmp_path: Path) -> None:
+        root, given, _ = done
+        path = tmp_path / "coco.json"
+        convert.main([str(root / "out"), "--to", "coco", "--output", str(path)])
+        content = json.loads(path.read_text())
+        assert [each["file_name"] for each in content["images"]] == [f"{item.name}.png" for item in given]
+        expected = read_masks(root / "out" / "pseudo_masks")
+        order = root / "out" / "classes.txt"
+        folder = opened([str(root / "in"), "--tags", str(path), "--classes", str(order)])
+        for sample in folder:
+            assert sample.mask is not None
+            assert np.array_equal(sample.mask.numpy(), expected[sample.id])
+        for each in content["annotations"]:
+            inside = expected[given[each["image_id"] - 1].name] == each["category_id"]
+            left, top, width, height = each["bbox"]
+            assert each["area"] == inside.sum() == inside[top : top + height, left : left + width].sum()
+        with pytest.raises(SystemExit, match="exists; take another, or say --overwrite"):
+            convert.main([str(root / "out"), "--to", "coco", "--output", str(path)])
+
+    def test_labelme_reads_back_as_nearly_the_same_masks(self, tmp_path: Path) -> None:
+        truth = tmp_path / "masks"
+        truth.mkdir()
+        ring = np.zeros((40, 60), np.uint8)
+        ring[5:30, 0:50] = 2
+        ring[10:20, 20:30] = 1
+        save_mask(truth / "bild 000.png", ring)
+        (truth / "classes.txt").write_text("background\nant\nbee\n")
+        convert.main([str(truth), "--to", "labelme", "--output", str(tmp_path / "labelme")])
+        Image.new("RGB", (60, 40)).save(tmp_path / "labelme" / "bild 000.jpg")
+        folder = opened([str(tmp_path / "labelme"), "--classes", str(truth / "classes.txt")])
+        mask = folder[0].mask
+        assert mask is not None
+        assert (mask.numpy() != ring).mean() < 0.08  # a border of a pixel belongs to both sides
+        assert np.array_equal(mask.numpy()[12:18, 22:28], ring[12:18, 22:28])
+
+    def test_colors_read_back(self, done: Any, tmp_path: Path) -> None:
+        root, _, classes = done
+        convert.main([str(root / "out"), "--to", "color", "--output", str(tmp_path / "color")])
+        colors = read_colors(tmp_path / "color" / "colors.txt", classes)
+        for name, mask in read_masks(root / "out" / "pseudo_masks").items():
+            assert np.array_equal(read_mask(tmp_path / "color" / f"{name}.png", len(classes), colors), mask)
+
+    def test_irn_s_files(self, done: Any, tmp_path: Path) -> None:
+        root, given, classes = done
+        convert.main([str(root / "out"), "--to", "irn", "--output", str(tmp_path / "irn")])
+        for item in given:
+            # As IRN itself loads them; the file is our own.
+            content = np.load(tmp_path / "irn" / f"{item.name}.npy", allow_pickle=True).item()
+            height, width = item.mask.shape
+            assert [classes[key] for key in content["keys"]] == sorted(item.tags)
+            assert content["cam"].shape == (len(item.tags), -(-height // 4), -(-width // 4))
+            assert content["high_res"].shape == (len(item.tags), height, width)
+            assert content["high_res"].dtype == np.float32
