@@ -60,8 +60,9 @@ def read_text(path: Path) -> tuple[str, str]:
         raise ValueError(f"{path}: a spreadsheet or archive, expected text; export it as CSV")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encodings = ["utf-16"]
-    elif b"\0" in content[:400]:  # UTF-16 without its mark: every other byte of plain letters is zero
-        encodings = ["utf-16-be" if content[:1] == b"\0" else "utf-16-le"]
+    elif b"\0" in content:  # UTF-16 without its mark: every other byte of plain letters is zero
+        shares = {"utf-16-be": content[0:400:2], "utf-16-le": content[1:400:2]}
+        encodings = [encoding for encoding, half in shares.items() if half.count(0) > len(half) / 2]
     else:
         encodings = ["utf-8-sig", "cp1252"]
     for encoding in encodings:
@@ -218,7 +219,9 @@ def _id_column(
     # Where there are pictures, they tell; the name of the column decides between equals, then the order.
     sample = body[:: max(1, len(body) // 200)]
     hits = [sum(knows(_cell(row, place)) for row in sample) for place in range(len(header))]
-    ranked = max(range(len(header)), key=lambda place: (hits[place], names[place] in _IDS, -place))
+    # A tag can be called as a picture is, but not where its column is called so.
+    likely = [place for place in range(len(header)) if names[place] not in _TAGS] or [*range(len(header))]
+    ranked = max(likely, key=lambda place: (hits[place], names[place] in _IDS, -place))
     if hits[ranked] or names[ranked] in _IDS or not body:
         return ranked
     raise ValueError(
