@@ -125,6 +125,16 @@ class TestNamesThatLeadOut:
         assert Broken.read(tmp_path / "report").counts == {"unsafe name": 1}
 
 
+def test_a_table_of_pairs_has_pictures_of_any_format(tmp_path: Path) -> None:
+    names = ["a.webp", "b.TIF", "c.bmp", "d d.PNG"]
+    for name in names:
+        Image.new("RGB", (4, 3), "red").save(tmp_path / name)
+    (tmp_path / "pairs.csv").write_text("path,caption\n" + "".join(f"{name},red\n" for name in names))
+    pairs = CsvPairs(tmp_path / "pairs.csv", report=tmp_path / "report")
+    assert [pair.image.shape for pair in pairs] == [(3, 3, 4)] * 4
+    assert Broken.read(tmp_path / "report").counts == {}
+
+
 class TestKindsOfPixels:
     def test_gray_of_16_bits_is_scaled(self, tmp_path: Path) -> None:
         values = np.array([[0, 128 * 257, 65535]], np.uint16)

@@ -74,6 +74,29 @@ def test_reads_ids_classes_labels_pictures_and_masks(root: Path) -> None:
         folder[3]
 
 
+def test_a_list_of_classes_without_background_loses_none(root: Path) -> None:
+    write(root / "classes.txt", "ant\nbee\ncow\n")
+    folder = VOCFolder(root, "train")
+    assert folder.classes == ("ant", "bee", "cow")
+    assert folder.labels.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert "no line 'background' in front, so that all 3 lines are classes" in folder.notes[0]
+    for first in ("_background_", "__ignore__\n_background_", "Background"):
+        write(root / "classes.txt", f"{first}\nant\nbee\ncow\n")
+        assert VOCFolder(root, "train").classes == folder.classes
+
+
+def test_names_and_classes_with_spaces_and_lists_with_paths(root: Path) -> None:
+    (root / "JPEGImages" / "a.jpg").rename(root / "JPEGImages" / "a b (1).JPG")
+    (root / "SegmentationClass" / "a.png").rename(root / "SegmentationClass" / "a b (1).png")
+    write(root / "classes.txt", "background\nred ant\nbee\ncow\n")
+    write(root / "labels.csv", "id,labels\na b (1),red ant bee\nb,cow\n")
+    write(root / "ImageSets/Segmentation/train.txt", "a b (1)\n/JPEGImages/b.jpg /SegmentationClass/b.png\n")
+    folder = VOCFolder(root, "train", masks="required")
+    assert folder.ids == ["a b (1)", "b"]
+    assert folder.labels.tolist() == [[1, 1, 0], [0, 0, 1]]
+    assert [sample.id for sample in folder] == folder.ids
+
+
 def test_a_changed_sample_does_not_change_the_labels(root: Path) -> None:
     folder = VOCFolder(root, "train")
     folder[0].labels.zero_()
