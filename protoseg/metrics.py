@@ -240,7 +240,8 @@ class ThresholdSweep:
 
         Args:
             maps: ``[C, H, W]`` scores of the foreground classes, floating point, 0..1 (1e-4 of rounding is
-                forgiven and clamped). Channels of absent classes are not looked at.
+                forgiven and clamped). Channels of absent classes are not looked at, and may be left out: ``[P, H, W]``
+                of the P present classes in their order will do.
             labels: ``[C]`` multi-hot, 1 = the class is in the picture.
             mask: ``[H, W]`` truth, integers 0..C or 255 = void. Without one only :attr:`score_histogram`
                 grows.
@@ -250,18 +251,20 @@ class ThresholdSweep:
             ValueError: A shape differs or a value is NaN or out of range; nothing has been counted then.
         """
         where, classes = "ThresholdSweep.update", self.num_classes
-        checks.shape(where, "maps", maps, (classes, "H", "W"), "background has no map here")
-        checks.floating(where, "maps", maps)
         checks.shape(where, "labels", labels, (classes,))
         checks.multi_hot(where, "labels", labels)
+        present = labels.to(maps.device).nonzero().flatten()
+        own = len(maps) == len(present) < classes
+        channels: int = len(present) if own else classes
+        checks.shape(where, "maps", maps, (channels, "H", "W"), "background has no map here")
+        checks.floating(where, "maps", maps)
         if mask is not None:
             _mask(where, mask, maps.shape[1:], classes)
             counted = (mask != VOID).to(maps.device)
             truth = mask.to(maps.device)[counted].long()
 
-        present = labels.to(maps.device).nonzero().flatten()
         if len(present) and maps[0].numel():
-            scores = maps[present].float()
+            scores = (maps if own else maps[present]).float()
             best, channel = scores.max(dim=0)  # propagates NaN
             _scores_in_range(where, scores, best)
             bin_of = torch.bucketize(best.clamp_(0, 1), self.thresholds.to(maps.device), right=True) - 1

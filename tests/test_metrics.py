@@ -120,6 +120,16 @@ class TestConfusionMatrix:
 
 
 class TestThresholdSweep:
+    def test_maps_of_absent_classes_may_be_left_out(self) -> None:
+        whole, part = ThresholdSweep(C), ThresholdSweep(C)
+        for seed in range(8):
+            maps, labels, mask = picture(seed)
+            labels = labels if seed else torch.zeros_like(labels)
+            for truth in (mask, None):
+                whole.update(maps, labels, truth)
+                part.update(maps[labels.nonzero().flatten()], labels, truth)
+        assert all(torch.equal(a, b) for a, b in zip(whole._counts(), part._counts(), strict=True))
+
     def test_equals_each_threshold_alone(self) -> None:
         sweep = ThresholdSweep(C, bins=20)
         pictures = [picture(seed) for seed in range(3)]
@@ -219,8 +229,8 @@ class TestThresholdSweep:
             ThresholdSweep(C, bins=0)
         with pytest.raises(ValueError, match="ThresholdSweep: num_classes"):
             ThresholdSweep(0)
-        with pytest.raises(ValueError, match=r"maps must have shape \(4, H, W\), got \(3, 13, 17\); background"):
-            sweep.update(maps[:3], labels, mask)
+        with pytest.raises(ValueError, match=r"maps must have shape \(4, H, W\), got \(2, 13, 17\); background"):
+            sweep.update(maps[:2], labels, mask)
         with pytest.raises(TypeError, match=r"maps must be floating point, got torch\.int64"):
             sweep.update(maps.long(), labels, mask)
         with pytest.raises(ValueError, match=r"labels must have shape \(4\), got \(3,\)"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from protoseg.data import Scenes, UnreadableFileError, VOCFolder, save_mask
+from protoseg.data import Scenes, VOCFolder, save_mask
 from protoseg.recipes.pictures import Pictures
 from tests.trainer import TINY, assert_maps, findings, main, masks, miou, read
 
@@ -126,9 +128,11 @@ def test_a_broken_picture_stops_with_its_path_or_is_left_out(folder: Callable[..
     for path in broken.values():
         path.write_bytes(path.read_bytes()[:700])
     flags = ("--stages", "classify", "seeds", "refine")
-    with pytest.raises(UnreadableFileError, match=rf"{broken['train']}: cannot be read"):
+    with pytest.raises(SystemExit, match="2 faults") as stopped:
         main(on(root, *flags))
-    main(on(root, *flags, "--skip-broken", "--resume"))
+    assert all(f"{path}: cannot be read" in str(stopped.value) for path in broken.values())
+    assert not (tmp_path / "out").exists()
+    main(on(root, *flags, "--skip-broken"))
     metrics = read(tmp_path / "out")
     assert {split: list(each) for split, each in metrics["broken"].items()} == {"train": ["p3"], "eval": ["p11"]}
     for split, path in broken.items():
@@ -140,7 +144,7 @@ def test_a_broken_picture_in_a_reader_process_is_named(folder: Callable[..., Pat
     root = folder()
     path = root / "JPEGImages" / "p3.jpg"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UnreadableFileError, match=rf"{path}: cannot be read"):
+    with pytest.raises(SystemExit, match=rf"{path}: cannot be read"):
         main(on(root, "--workers", "1", "--stages", "classify"))
 
 
@@ -148,28 +152,101 @@ def test_when_every_picture_is_broken(folder: Callable[..., Path]) -> None:
     root = folder()
     for path in (root / "JPEGImages").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="--skip-broken: all 10 pictures are broken, the first: "):
+    with pytest.raises(SystemExit, match="--skip-broken: all 10 pictures are broken, the first: "):
         main(on(root, "--skip-broken"))
 
 
 def test_an_empty_split_and_a_missing_folder_or_split(folder: Callable[..., Path], tmp_path: Path) -> None:
     root = folder()
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give the one which holds JPEGImages"):
+    with pytest.raises(SystemExit, match=r"--data: .*nowhere: no such folder; give the one"):
         main(on(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"test.txt: no such split; the splits there are train, val"):
-        main(on(root, "--eval-split", "test"))
+    with pytest.raises(SystemExit, match=r"test.txt: no such split; the splits there are train, val"):
+        main(on(root, "--train-split", "test"))
     (root / "ImageSets/Segmentation/train.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"train.txt: the split is empty"):
+    with pytest.raises(SystemExit, match=r"train.txt: the split is empty"):
         main(on(root))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_data_set_that_is_too_large_to_hold_is_read_again() -> None:
+def test_what_is_held_in_memory_is_limited_in_bytes() -> None:
     scenes = Scenes(5, size=32)
-    held, read_again = Pictures(scenes), Pictures(scenes, keep=4)
-    assert held[1] is held[1]
-    assert read_again[1] is not read_again[1]
-    assert [each.id for each in read_again] == held.ids == scenes.ids
+    size = 32 * 32 * (3 + 1)
+    held, partly = Pictures(scenes), Pictures(scenes, keep=3 * size + 1)
+    assert [each.id for each in partly] == held.ids == scenes.ids
+    assert held[4] is held[4]
+    assert [partly[place] is partly[place] for place in range(5)] == [True, True, True, False, False]
+    assert torch.equal(partly[4].image, held[4].image)
+
+
+def test_without_a_val_split_and_without_classes_txt(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder(masks=False)
+    (root / "ImageSets/Segmentation/val.txt").unlink()
+    (root / "classes.txt").unlink()
+    main(on(root))
+    metrics = read(tmp_path / "out")
+    assert set(metrics["maps"]) == {"train"}
+    assert metrics["segmentation"]["eval"]["miou"] is None
+    assert (tmp_path / "out" / "classes.txt").read_text() == "background\nbar\ndisc\n"
+
+
+def test_a_picture_without_a_class_becomes_background(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    table = root / "labels.csv"
+    table.write_text(table.read_text().replace("p2,disc", "p2,"))
+    main(on(root, "--stages", "classify", "seeds", "refine"))
+    assert not masks(tmp_path / "out" / "pseudo_masks")["p2"].any()
+    assert read(tmp_path / "out")["pseudo_masks"]["train"]["empty"] >= 1
+    assert "p2" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_masks_of_0_and_255_are_a_fault(folder: Callable[..., Path]) -> None:
+    root = folder()
+    (root / "classes.txt").write_text("background\ndisc\n")
+    table = root / "labels.csv"
+    table.write_text(table.read_text().replace("bar", "disc"))
+    for path in (root / "SegmentationClass").iterdir():
+        save_mask(path, np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8))
+    with pytest.raises(SystemExit, match=r"tags that never occur in a mask: 'disc' in 10 masks; .* 0 and 255, .* as 1"):
+        main(on(root))
+
+
+@pytest.mark.parametrize("name", ["p{}.PNG", "p{}_mask.png", "p{}.tif"])
+def test_masks_are_found_by_other_names(name: str, folder: Callable[..., Path]) -> None:
+    root = folder()
+    for number in range(14):
+        path = root / "SegmentationClass" / f"p{number}.png"
+        if name.endswith("tif"):
+            Image.open(path).save(path.with_name(name.format(number)))
+            path.unlink()
+        else:
+            path.rename(path.with_name(name.format(number)))
+    before = [sample.mask for sample in VOCFolder(root, "train")]
+    assert all(mask is not None for mask in before)
+
+
+def test_splits_that_overlap_are_a_fault(folder: Callable[..., Path]) -> None:
+    root = folder()
+    shutil.copy(root / "JPEGImages" / "p3.jpg", root / "JPEGImages" / "p12.jpg")
+    with pytest.raises(SystemExit, match=r"train and eval: 1 pictures are in both: 'p3'; keep each in one"):
+        main(on(root))
+    with (root / "ImageSets/Segmentation/val.txt").open("a") as file:
+        file.write("p1\n")
+    with pytest.raises(SystemExit, match=r"train and eval: 2 pictures are in both: 'p1', 'p3'"):
+        main(on(root))
+
+
+def test_masks_to_learn_from_must_fit(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(9):
+        save_mask(small / f"p{number}.png", np.zeros((20, 28), np.uint8))
+    flags = ("--head", "amn", "--masks", str(small), "--backbone", "small:8", "--stages", "classify")
+    with pytest.raises(
+        SystemExit, match=r"--masks: 10 of 10 cannot be used:\n.*\(20, 28\), its picture \(40, 56\)"
+    ) as stopped:
+        main(on(root, *flags))
+    assert "p9.png: " in str(stopped.value)
 
 
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs {MSRC15.name} beside the repository")

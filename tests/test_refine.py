@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,3 +196,30 @@ def test_a_module_that_is_not_there() -> None:
 def test_names_of_another_form(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'package.module:function', got '{name}'"):
         load_refiner(name)
+
+
+@pytest.mark.parametrize("size", [(150, 211), (64, 300), (301, 97)])
+@pytest.mark.parametrize("tile", [70, 101])
+def test_tiles_give_the_same_to_the_last_bit(size: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.rand(2, 3, *size)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    images[:, :, :40, :40] = 7  # of one color, where the deviation has its floor
+    whole = pixel_adaptive_refine(maps, images, iterations=3, dilations=(1, 2, 4))
+    monkeypatch.setattr("protoseg.functional.refinement._TILE", tile)
+    assert torch.equal(pixel_adaptive_refine(maps, images, iterations=3, dilations=(1, 2, 4)), whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in other units")
+def test_memory_does_not_grow_with_the_picture() -> None:
+    """Above pictures and maps; in a process of its own, as the most that this one held is known only."""
+    code = (
+        "import resource, sys, torch\n"
+        "from protoseg.functional import pixel_adaptive_refine\n"
+        "maps, images = torch.rand(1, 2, 1500, 2000), torch.randint(0, 256, (1, 3, 1500, 2000), dtype=torch.uint8)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10\n"
+        "before = peak()\n"
+        "result = pixel_adaptive_refine(maps, images, iterations=1)\n"
+        "print(peak() - before - result.nbytes / 2**20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300

@@ -195,7 +195,7 @@ def write_labels(
         if len(present) != len(names):
             raise ValueError(
                 f"write_labels: the labels of {key!r} have {len(present)} classes and {len(names)} are named; name "
-                "them with --classes, a file with one name a line of which the first is background"
+                "them with --classes, a file with one name a line, background first"
             )
     path = Path(path)
     with replacing(path) as whole, whole.open("w", encoding="utf-8", newline="") as file:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.classes is not None and not args.classes.is_file():
             raise FileNotFoundError(f"{args.classes}: no such file")
         labels = read_label_file(args.pickled)
-        write_labels(args.csv, labels, None if args.classes is None else read_classes(args.classes, ()))
+        write_labels(args.csv, labels, None if args.classes is None else read_classes(args.classes)[0])
     except (OSError, ValueError) as error:
         raise SystemExit(f"convert: {error}") from error
     tags = sum(int(present.sum()) for present in labels.values())

@@ -1,197 +1,168 @@
-"""Pictures, masks, tags and lists on the disk; every fault names the file and what to do."""
+"""Masks, tags and lists on the disk; every fault names the file and what to do."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from protoseg.data.annotations import parse_xml
+from protoseg.data.images import LOSSLESS, decode, pillow, read_pixels
+from protoseg.data.names import PictureIndex, plain_name, without_ending
 from protoseg.data.sample import UnreadableFileError
-from protoseg.utils.extras import require
+from protoseg.data.shards import outside
+from protoseg.data.tables import listed, read_text
 from protoseg.utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "class_position",
     "load_image",
     "load_mask",
-    "pillow",
     "read_annotation",
     "read_classes",
+    "read_colors",
     "read_mask",
-    "read_picture",
-    "read_pixels",
     "read_split",
-    "read_table",
     "save_mask",
     "voc_palette",
 ]
 
-_ENDINGS = (".jpg", ".jpeg", ".png")
-# What Pillow may take a file for, whatever its name says: for some other formats, such as PostScript, it starts another
-# program. JPEG stands for MPO as well, which many telephones write into a .jpg.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_LISTED = 5  # names shown in an error before "and n more"
-
-
-def pillow() -> Any:
-    """Return ``PIL.Image``, or say how to install it."""
-    return require("PIL.Image", "reading and writing pictures", "recipes")
-
-
-def _listed(names: list[str]) -> str:
-    """Return the first few names and how many more there are."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
+# The first line of classes.txt may be one of these, which is no class; LabelMe writes some of them.
+_NO_CLASS = {"background", "_background_", "__background__", "bg", "__ignore__", "hintergrund"}
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file, without the spaces around them."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from error
-    return [line.strip() for line in text.splitlines()]
+    """Return the lines of a text file that are not empty, without the spaces around them."""
+    text, _ = read_text(path)
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _names(path: Path) -> list[str]:
-    """Return the names in a text file with one per line, empty lines left out; none may occur twice."""
-    names = [line for line in _lines(path) if line]
+def _once(path: Path, names: list[str]) -> None:
     if doubles := [name for name, times in Counter(names).items() if times > 1]:
-        raise ValueError(f"{path}: every name may occur once, but there is more than one {_listed(doubles)}")
-    return names
+        raise ValueError(f"{path}: every name may occur once, but there is more than one {listed(doubles)}")
 
 
-def read_split(root: Path, split: str) -> list[str]:
-    """Return the names of a split, in order."""
+def read_split(root: Path, split: str, pictures: PictureIndex) -> list[str]:
+    """Return the names of a split, in order; folders, endings and a mask's path behind them may stand there."""
     folder = root / "ImageSets" / "Segmentation"
     path = folder / f"{split}.txt"
     if not path.is_file():
         there = sorted(file.stem for file in folder.glob("*.txt")) if folder.is_dir() else []
         hint = f"the splits there are {', '.join(there)}" if there else f"{folder} holds no split at all"
         raise FileNotFoundError(f"{path}: no such split; {hint}")
-    ids = _names(path)
-    if not ids:
+    lines = _lines(path)
+    if not lines:
         raise ValueError(f"{path}: the split is empty; write one picture name per line, without ending")
-    if wrong := [name for name in ids if len(name.split()) > 1 or "/" in name or "\\" in name]:
-        raise ValueError(f"{path}: expected one picture name per line, without folder or ending, got {_listed(wrong)}")
+
+    numbered = [line for line in lines if re.search(r"\s-?[01]$", line) and not pictures.knows(line)]
+    if len(numbered) == len(lines):
+        raise ValueError(
+            f"{path}: expected one picture name per line, and every line ends in a number, as {listed(numbered)}: "
+            "is this the list of one class?"
+        )
+    # As in AffinityNet's lists: the picture's path, and its mask's.
+    names = [re.sub(r"\s+/?\S*\.png$", "", line) if re.search(r"\.\w+\s+\S", line) else line for line in lines]
+    ids = [without_ending(plain_name(name)).removeprefix("JPEGImages/") for name in names]
+    if wrong := [name for name in ids if outside(name)]:
+        raise ValueError(f"{path}: expected names of pictures in JPEGImages, got {listed(wrong)}")
+    _once(path, ids)
     return ids
 
 
-def read_classes(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the foreground names from ``classes.txt``, or ``default`` where there is no such file."""
-    if not path.is_file():
-        return default
-    names = _names(path)
-    if not 2 <= len(names) <= 255:
+def read_classes(path: Path) -> tuple[tuple[str, ...], str]:
+    """Return the foreground names of a file with one a line, and a note where no line was the background's."""
+    names = _lines(path)
+    foreground = list(names)
+    while foreground and foreground[0].casefold() in _NO_CLASS:
+        foreground.pop(0)
+    if not 1 <= len(foreground) <= 254:
         raise ValueError(f"{path}: expected the background and 1 to 254 classes, one per line, got {len(names)} lines")
-    if wrong := [name for name in names if len(name.split()) > 1]:
-        raise ValueError(f"{path}: class names may not hold spaces, got {_listed(wrong)}; use - or _")
-    return tuple(names[1:])
+    _once(path, names)
+    if wrong := [name for name in foreground if name.casefold() in _NO_CLASS]:
+        raise ValueError(f"{path}: {wrong[0]!r} must be the first line, as the index 0 of masks is the background's")
+    note = ""
+    if foreground == names:
+        note = (
+            f"{path.name}: no line 'background' in front, so that all {len(names)} lines are classes, from 1 in masks"
+        )
+    return tuple(foreground), note
 
 
-def _position(name: str, classes: tuple[str, ...], where: str) -> int:
-    if name not in classes:
-        near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the classes are {', '.join(classes)}"
-        raise ValueError(f"{where}: unknown class {name!r}; {hint}")
-    return classes.index(name)
+def class_position(name: str, classes: tuple[str, ...], where: str) -> int:
+    """Place of a class, or an error that names near ones."""
+    if name in classes:
+        return classes.index(name)
+    near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the classes are {', '.join(classes)}"
+    raise ValueError(f"{where}: unknown class {name!r}; {hint}")
 
 
-def read_table(path: Path, ids: list[str], classes: tuple[str, ...]) -> list[set[int]]:
-    """Return the class positions of every picture in ``ids`` from ``labels.csv``; other rows may follow."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; write it with the header id,labels or choose other tags")
-    present: dict[str, set[int]] = {}
-    rows = csv.reader(_lines(path), strict=True)
-    try:
-        header = [cell.strip() for cell in next(rows, [])]
-        if header != ["id", "labels"]:
-            raise ValueError(f"{path}: the first line must be id,labels, got {','.join(header)!r}")
-        for row in filter(None, rows):
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != 2:
-                raise ValueError(f"{where}: expected an id and class names with spaces between, got {row}")
-            name = row[0].strip()
-            if name in present:
-                raise ValueError(f"{where}: {name!r} has a row already; every id may occur once")
-            present[name] = {_position(tag, classes, where) for tag in row[1].split()}
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: broken CSV ({error}); write the file again") from error
-    if missing := [name for name in ids if name not in present]:
-        raise ValueError(f"{path}: no row for {_listed(missing)} of the split; add it (labels may be empty)")
-    return [present[name] for name in ids]
-
-
-def read_annotation(path: Path, classes: tuple[str, ...]) -> set[int]:
-    """Return the class positions of the objects in a VOC XML file, difficult ones included."""
+def read_annotation(path: Path) -> tuple[str, ...]:
+    """Return the names of the objects in a VOC XML file, difficult ones included."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; every picture of the split needs one with tags from XML")
-    try:
-        tree = ElementTree.parse(path)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: broken XML ({error}); write the file again") from error
-    present = set()
-    for thing in tree.iterfind("object"):
-        name = (thing.findtext("name") or "").strip()
-        if not name:
-            raise ValueError(f"{path}: an object has no name; give it one of the classes")
-        present.add(_position(name, classes, str(path)))
-    return present
+    names = [(thing.findtext("name") or "").strip() for thing in parse_xml(path).iterfind("object")]
+    if not all(names):
+        raise ValueError(f"{path}: an object has no name; give it one of the classes")
+    return tuple(dict.fromkeys(names))
 
 
-def _open(path: Path) -> Image:
-    """Return a picture with all of its pixels read."""
-    module = pillow()
-    try:
-        with module.open(path, formats=_FORMATS) as picture:
-            picture.load()
-            loaded: Image = picture
-    except FileNotFoundError as error:
-        raise UnreadableFileError(path, "no such file; add it or take its name out of the split") from error
-    except module.UnidentifiedImageError as error:
-        problem = f"cannot be read (it is none of {', '.join(_FORMATS)}); fetch or write the file again"
-        raise UnreadableFileError(path, problem) from error
-    except (OSError, SyntaxError, ValueError, module.DecompressionBombError) as error:
-        raise UnreadableFileError(path, f"cannot be read ({error}); fetch or write the file again") from error
-    return loaded
+def read_colors(path: Path, classes: Sequence[str]) -> dict[tuple[int, int, int], int]:
+    """Read the color of each class in masks: lines ``name r g b``, with commas, or CVAT's ``name:r,g,b::``.
+
+    Raises:
+        ValueError: A line is of another form or names no class.
+    """
+    colors: dict[tuple[int, int, int], int] = {}
+    for line in _lines(path):
+        matched = re.fullmatch(r"(.+?)[\s,;:]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})(?:[:;,\s].*)?", line)
+        if matched is None:
+            if not colors or line.startswith("#"):  # a header
+                continue
+            raise ValueError(f"{path}: expected a name and three numbers, got {line!r}")
+        name = matched[1].strip()
+        index = 255 if name.casefold() in ("void", "ignore", "unlabeled") else 0
+        if index == 0 and name.casefold() not in _NO_CLASS:
+            index = class_position(name, tuple(classes), str(path)) + 1
+        colors[int(matched[2]), int(matched[3]), int(matched[4])] = index
+    return colors
 
 
-def read_picture(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Return the picture ``name`` as ``[H, W, 3]`` RGB, in the orientation of its pixels."""
-    paths = [folder / f"{name}{ending}" for ending in _ENDINGS]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        raise UnreadableFileError(paths[0], "no such file, nor .jpeg or .png; add it or take it out of the split")
-    return read_pixels(path)
-
-
-def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as ``[H, W, 3]`` RGB, in the orientation of its pixels."""
-    return np.array(_open(path).convert("RGB"), np.uint8)
-
-
-def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
-    """Return the indices ``[H, W]`` of a palette or gray mask."""
-    picture = _open(path)
-    if picture.mode not in ("P", "L"):
+def read_mask(
+    path: Path, num_classes: int, colors: Mapping[tuple[int, int, int], int] | None = None
+) -> NDArray[np.uint8]:
+    """Return the indices ``[H, W]`` of a mask: palette or gray of 1 to 16 bits, or colors by a table, VOC's if none."""
+    picture, header = decode(path, str(path))
+    if header.format not in LOSSLESS:
+        raise UnreadableFileError(
+            path,
+            f"a mask of format {header.format}, which changes indices; write it as PNG from what it was made of",
+        )
+    if picture.mode in ("RGB", "RGBA"):
+        mask = _indices(np.array(picture.convert("RGB"), np.uint8), path, num_classes, colors)
+    elif picture.mode in ("P", "L", "1") or picture.mode.startswith("I"):
+        wide = np.array(picture).astype(np.int64) // _stretch(path, picture, header.format)
+        if wide.max() > 255:
+            raise UnreadableFileError(path, f"index {wide.max()} stands for no class; 255 is the highest")
+        mask = wide.astype(np.uint8)
+    else:
         raise UnreadableFileError(
             path,
             f"the mask has mode {picture.mode}, expected P (palette) or L (8-bit gray) with class indices; "
-            "turn its colors into indices, for example with protoseg.data.save_mask",
+            "turn it into indices, for example with protoseg.data.save_mask",
         )
-    mask = np.array(picture, np.uint8)
     wrong = np.unique(mask[(mask > num_classes) & (mask != 255)])
     if wrong.size:
         raise UnreadableFileError(
@@ -200,6 +171,38 @@ def read_mask(path: Path, num_classes: int) -> NDArray[np.uint8]:
             f"1..{num_classes} are the classes, 255 is void; is classes.txt the right one?",
         )
     return mask
+
+
+def _stretch(path: Path, picture: Image, kind: str) -> int:
+    """What Pillow multiplies gray of 2 or 4 bits by, to fill 0..255."""
+    bits: Any = 8
+    if picture.mode == "L" and kind == "PNG":
+        bits = path.read_bytes()[24]
+    elif picture.mode == "L" and kind == "TIFF":
+        bits = getattr(picture, "tag_v2", {}).get(258, (8,))[0]
+    return {2: 85, 4: 17}.get(bits, 1)
+
+
+def _indices(
+    pixels: NDArray[np.uint8], path: Path, num_classes: int, colors: Mapping[tuple[int, int, int], int] | None
+) -> NDArray[np.uint8]:
+    """Colors as indices."""
+    if colors is None:
+        triples = np.array(voc_palette(), np.uint8).reshape(-1, 3).tolist()
+        known = [*range(num_classes + 1), 255]
+        colors = {tuple(triples[index]): index for index in known}
+    codes = pixels.astype(np.int64) @ np.array([65536, 256, 1])
+    found, place = np.unique(codes, return_inverse=True)
+    table = {65536 * r + 256 * g + b: index for (r, g, b), index in colors.items()}
+    if unknown := [int(code) for code in found if int(code) not in table]:
+        shown = ", ".join(str((code >> 16, code >> 8 & 255, code & 255)) for code in unknown[:5])
+        raise UnreadableFileError(
+            path,
+            f"{len(unknown)} colors of the mask stand for no class, such as {shown}; write colors.txt beside "
+            "classes.txt, with a line NAME R G B for each class, or turn the mask into indices",
+        )
+    indices: NDArray[np.uint8] = np.array([table[int(code)] for code in found], np.uint8)[place.reshape(codes.shape)]
+    return indices
 
 
 def voc_palette(n: int = 256) -> list[int]:
@@ -226,10 +229,10 @@ def voc_palette(n: int = 256) -> list[int]:
 
 
 def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a picture, in the orientation of its pixels.
+    """Read a picture, upright as a viewer shows it.
 
     Args:
-        path: A file that Pillow can read.
+        path: A picture of any usual format.
 
     Returns:
         ``[3, H, W]`` uint8, RGB.
@@ -245,7 +248,7 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
         >>> load_image(path).shape
         torch.Size([3, 2, 2])
     """
-    pixels = read_pixels(Path(path))
+    pixels, _ = read_pixels(Path(path))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -253,14 +256,14 @@ def load_mask(path: str | os.PathLike[str], num_classes: int) -> Tensor:
     """Read a mask of class indices.
 
     Args:
-        path: An 8-bit palette or gray PNG.
+        path: A palette or gray PNG, or another lossless format; colors are read as those of VOC's palette.
         num_classes: ``C``; an index above it that is not 255 is an error.
 
     Returns:
         ``[H, W]`` uint8, 0 = background, 1..C = classes, 255 = void.
 
     Raises:
-        UnreadableFileError: Missing, truncated, in color, or with an index that stands for no class.
+        UnreadableFileError: Missing, truncated, lossy, or with an index or color that stands for no class.
 
     Example:
         >>> import tempfile

@@ -25,6 +25,7 @@ from protoseg.data.shards import (
     decode,
     decode_picture,
     expand,
+    outside,
     read_shard,
     shuffled,
     write_shard,
@@ -228,10 +229,10 @@ class ShardPairs(IterableDataset[T]):
 class CsvPairs(Dataset[T]):
     r"""Pairs that a CSV lists.
 
-    All rows are read at construction, pictures at access.
+    All rows are read at construction, pictures at access. A path that leads out of the CSV's folder is refused.
 
     Args:
-        path: UTF-8 file whose first line names the columns ``path`` (of a JPEG or PNG, from the CSV's folder on) and
+        path: UTF-8 file whose first line names the columns ``path`` (of a picture, from the CSV's folder on) and
             ``caption``; others are passed over.
         transform: What is made of a pair; ``None`` gives the pair.
         report: Folder for the names of broken rows, which `Broken.read` counts: rows without a path, a picture or a
@@ -294,6 +295,11 @@ class CsvPairs(Dataset[T]):
                 if self.report is None:
                     raise ValueError(f"{where}: {problem}")
                 self._tell("no caption" if name else "no picture", f"line {table.line_num}", problem)
+            elif outside(name):
+                problem = f"the path leads out of the CSV's folder: {name}"
+                if self.report is None:
+                    raise ValueError(f"{where}: {problem}; move the picture or the CSV")
+                self._tell("unsafe name", f"line {table.line_num}", problem)
             elif not (self.path.parent / name).is_file():
                 problem = f"no such picture: {self.path.parent / name}"
                 if self.report is None:

@@ -13,11 +13,12 @@ class Sample(NamedTuple):
     """One picture with everything that is known about it.
 
     Attributes:
-        id: Name without folder or ending, unique in the data set.
+        id: Name without ending, unique in the data set; with folders where pictures lie in such.
         image: ``[3, H, W]`` uint8, RGB.
         labels: ``[C]`` float32, 1 where the foreground class is in the picture.
         mask: ``[H, W]`` uint8 or ``None``; 0 = background, 1..C = classes, 255 = void. For scoring only.
         caption: A sentence about the picture, or ``None``.
+        size: Height and width of the picture's file, where ``image`` is smaller; else ``None``.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Sample(NamedTuple):
     labels: Tensor
     mask: Tensor | None = None
     caption: str | None = None
+    size: tuple[int, int] | None = None
 
 
 class Pair(NamedTuple):

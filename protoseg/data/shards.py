@@ -11,13 +11,12 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from protoseg.data.files import pillow
+from protoseg.data.images import pillow, read_pixels
 from protoseg.data.sample import Pair, UnreadableFileError
 from protoseg.utils import checks
 from protoseg.utils.extras import require
@@ -31,17 +30,22 @@ __all__ = [
     "decode",
     "decode_picture",
     "expand",
+    "outside",
     "read_shard",
     "shuffled",
     "write_shard",
 ]
 
-PICTURES = ("jpg", "jpeg", "png")
+PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
+MAX_MEMBER = 2**27
+"""Most bytes of a file in a shard: a small compressed tar can claim to hold any number."""
 _WANTED = tuple(f".{ending}" for ending in (*PICTURES, "txt", "json"))
 _BLOCK = 512  # bytes; a tar consists of such blocks, and ends with blocks of zeros
 _LISTED = 5  # names in an error before "and n more"
 
-Reason = Literal["damaged shard", "double name", "no picture", "broken picture", "no caption", "caption not UTF-8"]
+Reason = Literal[
+    "damaged shard", "double name", "unsafe name", "no picture", "broken picture", "no caption", "caption not UTF-8"
+]
 Fault = Callable[[Reason, str, str, str], None]  # reason, shard, key, problem
 
 
@@ -66,8 +70,8 @@ class Broken(NamedTuple):
 
     Attributes:
         counts: How many by reason: ``"damaged shard"`` (cut off or damaged; its readable samples are used, how many
-            are lost is unknown), ``"double name"``, ``"no picture"``, ``"broken picture"``, ``"no caption"``,
-            ``"caption not UTF-8"``.
+            are lost is unknown), ``"double name"``, ``"unsafe name"`` (it leads out of a folder), ``"no picture"``,
+            ``"broken picture"``, ``"no caption"``, ``"caption not UTF-8"``.
         names: The first few by reason, as ``"SHARD: KEY"``.
 
     Example:
@@ -185,6 +189,50 @@ class _Blocks:
         return all(not any(part) for part in iter(lambda: self._file.read(1 << 16), b""))
 
 
+def outside(name: str) -> bool:
+    """Return whether a name would lead out of the folder that it is written or unpacked in."""
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in name
+
+
+class _Oversized(bytes):
+    """Stands for a file that is too large to be read."""
+
+    size = 0
+
+
+class _Entry(tarfile.TarInfo):
+    """A tar's entry whose long name or extended header is not read into memory whatever its size."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        headers = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if self.type in (*headers, *names) and self.size > 2**20:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        following: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return following
+
+
+def _members(blocks: _Blocks, fault: Fault) -> Iterator[tuple[str, bytes]]:
+    """Give name and content of the files of a tar that can be a sample's."""
+    with tarfile.open(fileobj=cast(Any, blocks), mode="r|*", tarinfo=_Entry) as archive:
+        for entry in archive:
+            archive.members = []  # type: ignore[attr-defined]  # which would grow with the shard
+            name = entry.name
+            if not entry.isreg() or name.startswith("__") or not name.lower().endswith(_WANTED):
+                continue
+            if outside(name):
+                fault("unsafe name", str(blocks), name, "the name leads out of its folder")
+                continue
+            if entry.size > MAX_MEMBER:
+                oversized = _Oversized()
+                oversized.size = entry.size
+                yield name, oversized
+                continue
+            content = archive.extractfile(entry)
+            yield name, b"" if content is None else content.read()
+
+
 def read_shard(path: Path, fault: Fault) -> Iterator[Raw]:
     """Give the samples of a shard, as far as it can be read; nothing in it is decoded.
 
@@ -195,22 +243,23 @@ def read_shard(path: Path, fault: Fault) -> Iterator[Raw]:
     faults: list[str] = []
     last = ""
 
-    def stop(error: Exception) -> bool:
-        faults.append(str(error.args[0]) if error.args else repr(error))
-        return False
-
     def double(error: Exception) -> bool:
         fault("double name", str(path), last, "this name stands twice in a row; the first one is taken")
         return True
 
-    def watched(files: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def files() -> Iterator[dict[str, Any]]:
         nonlocal last
-        for file in files:
-            if file:
-                last = file["fname"]
-            elif not faults and not blocks.ended():  # the empty one stands for the end of the shard
-                faults.append("the end is missing, or a header is damaged")
-            yield file
+        try:
+            for name, content in _members(blocks, fault):
+                last = name
+                yield {"fname": name, "data": content, "__url__": str(path)}
+        except UnreadableFileError:  # of the fault's
+            raise
+        except Exception as error:  # any: what damaged bytes lead tarfile into
+            faults.append(str(error) or type(error).__name__)
+        if not faults and not blocks.ended():
+            faults.append("the end is missing, or a header is damaged")
+        yield {}  # the end of the shard
 
     try:
         opened = path.open("rb")
@@ -219,10 +268,8 @@ def read_shard(path: Path, fault: Fault) -> Iterator[Raw]:
         return
     with opened:
         blocks = _Blocks(path, opened)
-        # Not webdataset's own opening of a path, which also starts commands and connections.
-        source = [{"url": str(path), "stream": blocks}]
-        files = tar.tar_file_expander(source, handler=stop, select_files=lambda name: name.lower().endswith(_WANTED))
-        for sample in tar.group_by_keys(watched(files), handler=double):
+        # Not webdataset's own opening of a path, which also starts commands and connections, and knows no limits.
+        for sample in tar.group_by_keys(files(), handler=double):
             parts = {ending: content for ending, content in sample.items() if not ending.startswith("__")}
             if faults and not (parts.keys() & {*PICTURES} and parts.keys() & {"txt", "json"}):
                 continue  # its other half went with the rest of the shard
@@ -239,26 +286,23 @@ def decode(sample: Raw) -> Pair:
 
 
 def decode_picture(content: bytes) -> Tensor:
-    """Decode a JPEG or PNG to ``[3, H, W]`` uint8, RGB, in the orientation of its pixels."""
-    module = pillow()
+    """Decode a picture of a listed format to ``[3, H, W]`` uint8, RGB, upright."""
     try:
-        # No other formats, some of which Pillow passes on to other programs.
-        with module.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            image.load()
-            if "transparency" in image.info:  # Pillow warns of a palette with transparency that becomes RGB
-                image = image.convert("RGBA")
-            pixels = np.array(image.convert("RGB"), np.uint8)
-    except module.UnidentifiedImageError as error:  # whose message holds an address in memory
-        raise BrokenSampleError("broken picture", "neither JPEG nor PNG") from error
-    except Exception as error:  # any: Pillow's readers raise whatever damaged bytes lead them into
-        raise BrokenSampleError("broken picture", str(error) or type(error).__name__) from error
+        pixels, _ = read_pixels(content, "it")
+    except UnreadableFileError as error:
+        raise BrokenSampleError("broken picture", str(error).removeprefix("it: ")) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _encoded(parts: dict[str, bytes]) -> bytes:
     for ending in PICTURES:
-        if ending in parts:
-            return parts[ending]
+        content = parts.get(ending)
+        if isinstance(content, _Oversized):
+            raise BrokenSampleError(
+                "broken picture", f"a file of {content.size} bytes; at most {MAX_MEMBER // 2**20} MiB are read"
+            )
+        if content is not None:
+            return content
     raise BrokenSampleError("no picture", f"expected {' or '.join(PICTURES)}, got {', '.join(parts) or 'nothing'}")
 
 
@@ -321,6 +365,8 @@ def write_shard(target: Path, pairs: Iterable[Pair], ending: str) -> None:
 def _check(pair: Pair, keys: set[str]) -> None:
     if not isinstance(pair, Pair):
         raise TypeError(f"write_shards: expected a Pair, got {type(pair).__name__}")
+    if outside(pair.key):
+        raise ValueError(f"write_shards: a key must not lead out of the folder it is unpacked in, got {pair.key!r}")
     last = pair.key.rpartition("/")[-1]
     if not last or "." in last or pair.key.startswith("__") or pair.key in keys:
         raise ValueError(f"write_shards: a key must be new in its shard, have no dot, no __ in front, got {pair.key!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor
 from protoseg.utils import checks
 
 __all__ = ["Refiner", "load_refiner", "pixel_adaptive_refine"]
+
+_TILE = 768  # pixels at the side of a tile with what it needs around it
+Window = tuple[slice, slice]
 
 Refiner = Callable[[Tensor, Tensor], Tensor]
 """Takes maps ``[B, C, H, W]`` and pictures ``[B, 3, H, W]`` uint8 to better maps of the same shape."""
@@ -35,6 +38,9 @@ def pixel_adaptive_refine(
     over them, for each color. After PAMR (Araslanov and Roth, "Single-stage semantic segmentation from image labels",
     2020), which divides by :math:`\sigma_i^2` and leaves the strength to it; here the distance is in standard
     deviations and the strength is :math:`\kappa`. Neighbors outside the picture repeat its edge.
+
+    Large pictures are refined in tiles that overlap by as far as values travel, with the same result to the last bit;
+    above pictures and maps that takes up to 300 MB, whatever their size (times B).
 
     Args:
         maps: ``[B, C, H, W]`` scores; each channel is refined alike, so a sum over channels of 1 stays 1.
@@ -66,22 +72,96 @@ def pixel_adaptive_refine(
             f"got {iterations} and {tuple(dilations)}"
         )
 
-    # 1. How alike a pixel and its neighbors are, in units of the local spread of colors.
-    pictures, maps = images.float(), maps.float()
-    around = torch.stack([view for d in dilations for view in _neighbors(pictures, d)], 2)
-    floor = 1e-4 * pictures.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
-    spread = around.std(2, keepdim=True).maximum(floor.unsqueeze(2))
-    distance = ((around - pictures.unsqueeze(2)).abs() / spread).mean(1, keepdim=True)
-    share = torch.softmax(-sharpness * distance, dim=2)
+    # What a tile computes is right as far from its edges as values travel; only the picture's own edges are repeated.
+    halo = iterations * max(dilations)
+    largest = torch.maximum(images.amax((1, 2, 3), keepdim=True), -images.amin((1, 2, 3), keepdim=True).float())
+    floor = 1e-4 * largest.clamp_min(1e-8)
+    result = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
+    for target, source, inner in _tiles(maps.shape[-2], maps.shape[-1], halo):
+        tile = _refine(
+            maps[..., source[0], source[1]].float(),
+            images[..., source[0], source[1]].float(),
+            floor,
+            iterations,
+            dilations,
+            sharpness,
+        )
+        result[..., target[0], target[1]] = tile[..., inner[0], inner[1]]
+    return result
 
-    # 2. Rounds of means over the neighbors, weighted by that.
+
+def _tiles(height: int, width: int, halo: int) -> Iterator[tuple[Window, Window, Window]]:
+    """Windows that part a map, what each needs around it, and where it lies in that."""
+    side = max(_TILE - 2 * halo, _TILE // 4)
+    whole = height * width <= _TILE**2
+    rows, columns = (range(1), range(1)) if whole else (range(-(-height // side)), range(-(-width // side)))
+    for row in rows:
+        for column in columns:
+            ends = [(0, height), (0, width)]
+            if not whole:
+                ends = [
+                    (place * side, min((place + 1) * side, length))
+                    for place, length in ((row, height), (column, width))
+                ]
+            wide = [
+                (max(0, first - halo), min(length, last + halo))
+                for (first, last), length in zip(ends, (height, width), strict=True)
+            ]
+            inner = [slice(first - start, last - start) for (first, last), (start, _) in zip(ends, wide, strict=True)]
+            target = [slice(first, last) for first, last in ends]
+            source = [slice(first, last) for first, last in wide]
+            yield (target[0], target[1]), (source[0], source[1]), (inner[0], inner[1])
+
+
+def _refine(
+    maps: Tensor, pictures: Tensor, floor: Tensor, iterations: int, dilations: Sequence[int], sharpness: float
+) -> Tensor:
+    """Refine maps whole.
+
+    Every step is one operation on each pixel, in an order that does not depend on the size, so that a pixel's value is
+    the same to the last bit whatever tile it lies in.
+    """
+    count = 8 * len(dilations)
+
+    # 1. The deviation of each color over the neighbors.
+    mean = torch.zeros_like(pictures)
+    for view in _views(pictures, dilations):
+        mean += view
+    mean /= count
+    spread = torch.zeros_like(pictures)
+    for view in _views(pictures, dilations):
+        difference = view - mean
+        spread += difference.mul_(difference)
+    spread = spread.div_(count - 1).sqrt_().maximum(floor)
+
+    # 2. Each neighbor's share, the softmax over distances in color.
+    shares = []
+    for view in _views(pictures, dilations):
+        red, green, blue = (view - pictures).abs_().div_(spread).unbind(1)
+        shares.append((red + green).add_(blue).div_(3).mul_(-sharpness).unsqueeze(1))
+    highest = shares[0]
+    for share in shares[1:]:
+        highest = highest.maximum(share)
+    total = torch.zeros_like(highest)
+    for share in shares:
+        share.sub_(highest).exp_()
+        total += share
+    for share in shares:
+        share /= total
+
+    # 3. Rounds in which every pixel takes the mean of its neighbors by their shares.
     for _ in range(iterations):
-        neighbors = (view for dilation in dilations for view in _neighbors(maps, dilation))
         summed = torch.zeros_like(maps)
-        for weight, view in zip(share.unbind(2), neighbors, strict=True):
-            summed.addcmul_(weight, view)
+        for share, view in zip(shares, _views(maps, dilations), strict=True):
+            summed += share * view
         maps = summed
     return maps
+
+
+def _views(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """The neighbors at all distances, each as a map ``[B, C, H, W]``."""
+    for dilation in dilations:
+        yield from _neighbors(maps, dilation)
 
 
 def _neighbors(maps: Tensor, dilation: int) -> list[Tensor]:

@@ -16,7 +16,12 @@ RECIPES = {
     "pgseg": ("protoseg.recipes.pgseg", "masks for classes by name, from pictures with sentences (PGSeg)"),
     "vpl": ("protoseg.recipes.vpl", "masks from image-level tags, by a frozen CLIP and prototypes in it (VPL)"),
 }
+# Commands of their own.
 COMMANDS = {
+    "masks": ("protoseg.recipes.masks", "masks from a folder of pictures and a table of tags, in one command"),
+    "check": ("protoseg.recipes.check", "everything that is wrong with a folder of pictures and tags, in one list"),
+    "predict": ("protoseg.recipes.predict", "masks of new pictures, by the network of a run"),
+    "convert": ("protoseg.recipes.convert", "masks as COCO, LabelMe, color PNG or IRN's .npy"),
     "segment": ("protoseg.recipes.segment", "masks of a folder of pictures, for classes by name, without training"),
     "layers": ("protoseg.recipes.layers", "which layers of a network can be named as features and CAM"),
 }

@@ -32,18 +32,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from protoseg import ContextPrototypeBank
-from protoseg.data import Sample, load_mask
+from protoseg.data import Sample, UnreadableFileError, load_mask
 from protoseg.functional import load_refiner
 from protoseg.models.segmentation import build_segmentation_network
 from protoseg.recipes.cpal_heads import begin, build, colors, encoder, first_masks, losses
 from protoseg.recipes.cpal_options import CPALOptions, first_results, parse
 from protoseg.recipes.cpal_stages import SIDE, Network, score_segmentation, seeds
 from protoseg.recipes.engine import crop_batches, train
-from protoseg.recipes.files import keywords, load_checkpoint, write_json
+from protoseg.recipes.files import keywords, load_checkpoint, save_checkpoint, write_classes, write_json
 from protoseg.recipes.options import check_counts, check_threshold, plain
-from protoseg.recipes.pictures import Crops, Pictures, open_pictures
+from protoseg.recipes.pictures import Crops, Pictures, open_splits
 from protoseg.recipes.progress import FREE, Plan, Progress, conclude
-from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, true_mask
+from protoseg.recipes.pseudo_masks import nearest, pseudo_mask, refine, report, true_mask
 from protoseg.recipes.session import launch, stoppable
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
@@ -51,8 +51,8 @@ PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-mo
 PLAN = Plan(
     files={
         "classify": ("checkpoint/classify.pt", "checkpoint/fork.pt"),
-        "seeds": ("seeds/*.npz",),
-        "refine": ("pseudo_masks/*.png",),
+        "seeds": ("seeds/**/*.npz", "checkpoint/bank.pt"),
+        "refine": ("pseudo_masks/**/*.png",),
         "segment": ("checkpoint/segment.pt", "checkpoint/ceiling.pt"),
     },
     results={"classify": (), "seeds": ("maps", "sweeps"), "refine": ("pseudo_masks",), "segment": ("segmentation",)},
@@ -69,6 +69,8 @@ PLAN = Plan(
 def classify(net: Network, pictures: Pictures, args: CPALOptions, accelerator: Accelerator) -> list[dict[str, float]]:
     """Train the network from tags, or AMN's from masks, with the bank's loss under ``cpal``."""
     masks = None if args.masks is None else partial(given_mask, folder=args.masks)
+    if masks is not None:
+        check_masks(pictures, masks)
     multiple = net.cam.backbone.multiple
     crop = args.crop // multiple * multiple
     mean, std = colors(net.cam)
@@ -103,9 +105,30 @@ def classify(net: Network, pictures: Pictures, args: CPALOptions, accelerator: A
     )
 
 
+def check_masks(pictures: Pictures, masks: Callable[[Sample], Tensor]) -> None:
+    """Stop before the first step where masks to learn from are missing or do not fit, and name all of them."""
+    faults = [f"  {fault}" for sample in pictures if (fault := fault_of(masks, sample))]
+    if faults:
+        raise SystemExit("\n".join([f"--masks: {len(faults)} of {len(pictures)} cannot be used:", *faults]))
+
+
+def fault_of(masks: Callable[[Sample], Tensor], sample: Sample) -> str:
+    """What is wrong with a picture's mask; empty where nothing is."""
+    try:
+        masks(sample)
+    except UnreadableFileError as error:
+        return str(error)
+    return ""
+
+
 def given_mask(sample: Sample, folder: Path) -> Tensor:
-    """Read the mask that AMN's network learns from."""
-    return load_mask(folder / f"{sample.id}.png", len(sample.labels))
+    """Read the mask that AMN's network learns from; one of the file's size where the picture is read smaller."""
+    path = folder / f"{sample.id}.png"
+    mask = load_mask(path, len(sample.labels))
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    if tuple(mask.shape) not in (size, sample.size):
+        raise UnreadableFileError(path, f"the mask has (H, W) = {tuple(mask.shape)}, its picture {sample.size or size}")
+    return mask if tuple(mask.shape) == size else nearest(mask, size)
 
 
 def segment(
@@ -113,11 +136,11 @@ def segment(
     masks: Callable[[Sample], Tensor],
     net: Network,
     pictures: Pictures,
-    test: Pictures,
+    test: Pictures | None,
     args: CPALOptions,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Train a segmentation network on masks and score it on the test pictures, without tags."""
+    """Train a segmentation network on masks and score it on the test pictures, where there are some, without tags."""
     set_seed(args.seed)
     outputs = len(pictures.classes) + 1
     weights: Literal["timm"] | None = "timm" if args.weights == "timm" else None
@@ -138,6 +161,8 @@ def segment(
     epochs = args.segmentation_epochs
     batches = crop_batches(crops, args.batch, args, accelerator)
     history = train(name, model, batches, loss_of, epochs, args, accelerator, {}, lr=args.lr, head_lr=args.head_lr)
+    if test is None:
+        return {"miou": None}, history
     return score_segmentation(model, test, args, accelerator, mean, std), history
 
 
@@ -243,22 +268,24 @@ def run(args: CPALOptions, argv: Sequence[str], accelerator: Accelerator) -> dic
     """Run the stages for flags that have been read; AMN's first network is such a run within one."""
     began = time.monotonic()
     set_seed(args.seed)
-    pictures = open_pictures(args.data, args.train_split, args)
-    test = open_pictures(args.eval_data or args.data, args.eval_split, args)
-    if test.classes != pictures.classes:
-        raise SystemExit(f"--eval-data: its classes {test.classes} are not the training data's {pictures.classes}")
+    splits = open_splits(args, accelerator.print)
+    pictures, test = splits["train"], splits.get("eval")
 
     cam = build(args, len(pictures.classes)).to(accelerator.device)
     bank = ContextPrototypeBank(len(pictures.classes), cam.channels, **keywords("--bank", args.bank))
     net = Network(cam, bank.to(accelerator.device))
     progress = Progress(PLAN, args, accelerator, began)
+    if accelerator.is_main_process:
+        write_classes(args.output, pictures.classes)
     if progress.wants("classify"):
         first_masks(args, argv, lambda flags: run(parse(flags), flags, accelerator))
         begin(cam, args.weights)
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
         restore(net, args)
-        maps, sweeps = seeds(net, {"train": pictures, "eval": test}, args, accelerator)
+        maps, sweeps = seeds(net, splits, args, accelerator)
+        if accelerator.is_main_process:  # the bank as the maps were made with it, for other pictures
+            save_checkpoint(args.output / "checkpoint" / "bank.pt", {"bank": net.bank.state_dict()})
         progress.done("seeds", {"maps": maps, "sweeps": sweeps})
     if progress.wants("refine"):
         progress.done("refine", {"pseudo_masks": refine(pictures, progress.found, args, accelerator)})
@@ -266,7 +293,7 @@ def run(args: CPALOptions, argv: Sequence[str], accelerator: Accelerator) -> dic
     if progress.wants("segment", complete="ceiling" in scored or not args.ceiling):
         restore(net, args)
         progress.done("segment", segmentation(net, pictures, test, args, accelerator))
-    broken = {"train": pictures.broken, "eval": test.broken}
+    broken = {split: each.broken for split, each in splits.items()}
     metrics = progress.metrics(args.method, PACKAGES, head=args.head, broken=broken)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
@@ -277,7 +304,7 @@ def run(args: CPALOptions, argv: Sequence[str], accelerator: Accelerator) -> dic
 
 
 def segmentation(
-    net: Network, pictures: Pictures, test: Pictures, args: CPALOptions, accelerator: Accelerator
+    net: Network, pictures: Pictures, test: Pictures | None, args: CPALOptions, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Train on the pseudo masks and, with ``--ceiling``, on the true ones."""
     scores, history = segment("segment", partial(pseudo_mask, args=args), net, pictures, test, args, accelerator)

@@ -54,6 +54,12 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def write_classes(output: Path, classes: Sequence[str]) -> None:
+    """Write ``classes.txt``, the names of the indices in a run's masks, in one step."""
+    with replacing(output / "classes.txt") as file:
+        file.write_text("\n".join(("background", *classes)) + "\n", encoding="utf-8")
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint in one step, tensors and plain values only."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,19 +30,32 @@ class RunOptions:
     config: Path | None = None
     """file with options in YAML or JSON, such as RUN/config.json of another run; flags go before it"""
     data: str = "scenes"
-    """'scenes' or a VOC-layout folder"""
+    """'scenes', a VOC-layout folder, or any folder of pictures"""
     train_split: str = "train"
-    """of the folder"""
+    """of a VOC-layout folder"""
     eval_data: str | None = None
     """folder of the evaluation pictures, with the same classes; --data where not given"""
     eval_split: str = "val"
-    """of the folder"""
-    tags: Literal["auto", "csv", "xml", "masks"] = "auto"
-    """where tags come from; auto: labels.csv, else VOC's XML"""
+    """of the folder; 'none': evaluate on none"""
+    tags: str = "auto"
+    """where tags come from; of a VOC-layout folder: csv, xml, masks, or auto: labels.csv, else XML; of any other: a
+    table, COCO, LabelMe, CVAT or VOC files, or auto: what lies in the folder, else the names of its folders"""
+    classes: Path | None = None
+    """file of the classes' names, one a line in the order of the masks; by default those of the tags"""
+    id_column: str | None = None
+    """column of the pictures in a table of tags; guessed where not given"""
+    tags_column: str | None = None
+    """column of the tags; guessed where not given"""
+    separator: str | None = None
+    """what stands between the tags of a cell; guessed where not given"""
     mask_dir: str = "SegmentationClass"
     """folder of the true masks, such as SegmentationClassAug"""
+    exif: Literal["upright", "leave"] = "upright"
+    """whether pictures, and masks alike, are turned as EXIF says"""
+    max_side: int | None = None
+    """read pictures smaller whose longer side has more pixels; their masks have the full size again"""
     skip_broken: bool = False
-    """leave out pictures that cannot be read, and report them"""
+    """leave out what cannot be used, and report it"""
     size: int
     """size of test pictures in pixels"""
     train_scenes: int = 600

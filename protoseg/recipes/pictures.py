@@ -2,57 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from protoseg.data import Sample, Scenes, UnreadableFileError, VOCFolder
+from protoseg.data import PictureFolder, Sample, Scenes, TaggedPictures, VOCFolder, survey
 from protoseg.recipes.options import RunOptions
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, Color, normalize
 
+TAG_SOURCES = ("auto", "csv", "xml", "masks")  # of a VOC-layout folder
+KEEP = 2**30  # bytes of pictures that a process holds in memory
+
 
 class Pictures(Dataset[Sample]):
-    """A data set held in memory once read, less the pictures that are left out.
+    """A data set held in memory once read, as far as there is room, less the pictures that are left out.
 
     Args:
-        source: ``Scenes`` or ``VOCFolder``.
-        keep: Most pictures to hold; a larger data set is read again each time.
-        skip_broken: Read everything once, now, and leave out what cannot be read instead of stopping there later.
+        source: ``Scenes`` or pictures with tags.
+        keep: Most bytes of pictures and masks to hold; what comes later is read again each time.
 
     Attributes:
         classes: Names of the foreground classes.
-        broken: What ``skip_broken`` left out: id and reason.
+        broken: What was left out: id and reason.
         channels: Order in which color channels are given out, to make another domain of the pictures.
     """
 
-    def __init__(self, source: Scenes | VOCFolder, *, keep: int = 3000, skip_broken: bool = False) -> None:
+    def __init__(self, source: Scenes | TaggedPictures, *, keep: int = KEEP) -> None:
         self.source, self.classes = source, source.classes
-        self.held: dict[int, Sample] | None = {} if len(source) <= keep else None
+        self.held: dict[int, Sample] = {}
+        self.room = keep
         self.broken: dict[str, str] = {}
         self.channels = [0, 1, 2]
         self.indices = list(range(len(source)))
-        if skip_broken:
-            self.indices = [index for index in self.indices if self._readable(index)]
-            if not self.indices:
-                raise ValueError(f"--skip-broken: all {len(source)} pictures are broken, the first: {self.broken}")
 
-    def _readable(self, index: int) -> bool:
-        try:
-            self._read(index)
-        except UnreadableFileError as error:
-            self.broken[self.source.ids[index]] = str(error)
-            return False
-        return True
+    def leave_out(self, broken: Mapping[str, str]) -> None:
+        """Go on without some pictures.
+
+        Args:
+            broken: Names, and what is wrong with them.
+
+        Raises:
+            SystemExit: None would be left.
+        """
+        self.broken |= broken
+        self.indices = [index for index in self.indices if self.source.ids[index] not in self.broken]
+        if not self.indices:
+            first = next(iter(self.broken.values()))
+            raise SystemExit(f"--skip-broken: all {len(self.source)} pictures are broken, the first: {first}")
 
     def _read(self, index: int) -> Sample:
-        if self.held is None:
-            return self.source[index]
-        if index not in self.held:
-            self.held[index] = self.source[index]
-        return self.held[index]
+        if index in self.held:
+            return self.held[index]
+        sample = self.source[index]
+        size = sample.image.nbytes + (0 if sample.mask is None else sample.mask.nbytes)
+        if size <= self.room:
+            self.held[index] = sample
+            self.room -= size
+        return sample
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -70,22 +81,120 @@ class Pictures(Dataset[Sample]):
         return [self.source.ids[index] for index in self.indices]
 
 
-def open_pictures(data: str, split: str, args: RunOptions) -> Pictures:
-    """Open made scenes or a VOC-layout folder.
+def is_voc(data: str) -> bool:
+    """Whether a folder has VOC's layout."""
+    return (Path(data) / "ImageSets" / "Segmentation").is_dir()
+
+
+def has_split(data: str, split: str) -> bool:
+    """Whether there are pictures of a split: made scenes have all, VOC-layout folders lists, other folders one only."""
+    if data == "scenes":
+        return True
+    return (Path(data) / "ImageSets" / "Segmentation" / f"{split}.txt").is_file() or not is_voc(data)
+
+
+def open_splits(args: RunOptions, say: Callable[[str], object]) -> dict[str, Pictures]:
+    """Open the pictures to train on and, where there are some, those to evaluate on; all are looked at first.
+
+    Args:
+        args: The flags.
+        say: Is told what was found.
+
+    Raises:
+        SystemExit: Something cannot be read or is wrong with the pictures, or the splits have different classes.
+    """
+    sources = {"train": open_source(args.data, args.train_split, args)}
+    other = args.eval_data not in (None, args.data)
+    if other or (has_split(args.data, args.eval_split) and (args.data == "scenes" or is_voc(args.data))):
+        # Their tags lie beside them, and are not those that a flag names for --data.
+        own = args if not other or args.tags in TAG_SOURCES else dataclasses.replace(args, tags="auto")
+        sources["eval"] = open_source(args.eval_data or args.data, args.eval_split, own)
+        if sources["eval"].classes != sources["train"].classes:
+            raise SystemExit(
+                f"--eval-data: its classes {sources['eval'].classes} are not the training data's "
+                f"{sources['train'].classes}"
+            )
+    elif args.eval_split != "none":
+        say(f"no pictures to evaluate on: {args.data} has no split {args.eval_split!r}")
+    return checked(sources, args, say)
+
+
+def open_source(data: str, split: str, args: RunOptions) -> Scenes | TaggedPictures:
+    """Open made scenes, a VOC-layout folder, or any folder of pictures.
 
     Args:
         data: ``"scenes"`` or the path of a folder.
         split: Name of the folder's split; made scenes have ``train``, ``tune`` and ``val``, with no picture in common.
-        args: The flags ``train_scenes``, ``eval_scenes`` and ``size`` of scenes, ``tags``, ``mask_dir`` and
-            ``skip_broken`` of a folder.
+            Other folders have none.
+        args: The flags ``train_scenes``, ``eval_scenes`` and ``size`` of scenes, and those of folders.
+
+    Raises:
+        SystemExit: The folder, its tags or its classes cannot be read.
+    """
+    if data == "scenes":
+        count = args.train_scenes if split == "train" else args.eval_scenes
+        return Scenes(count, seed={"train": 0, "tune": 2}.get(split, 1), size=args.size)
+    upright = args.exif == "upright"
+    try:
+        if is_voc(data):
+            if args.tags not in TAG_SOURCES:
+                raise SystemExit(f"--tags: {data} has VOC's layout, whose tags are auto, csv, xml or masks")
+            return VOCFolder(
+                data, split, tags=args.tags, mask_dir=args.mask_dir, upright=upright, max_side=args.max_side
+            )
+        masks = Path(data) / args.mask_dir
+        return PictureFolder(
+            data,
+            None if args.tags == "auto" else args.tags,
+            classes=args.classes,
+            masks=masks if masks.is_dir() else None,
+            id_column=args.id_column,
+            tags_column=args.tags_column,
+            separator=args.separator,
+            upright=upright,
+            max_side=args.max_side,
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--data: {error}") from error
+
+
+def open_pictures(data: str, split: str, args: RunOptions) -> Pictures:
+    """Open pictures as `open_source` does, and stop where something is wrong with them, or leave that out.
 
     Returns:
         The pictures.
     """
-    if data == "scenes":
-        count = args.train_scenes if split == "train" else args.eval_scenes
-        return Pictures(Scenes(count, seed={"train": 0, "tune": 2}.get(split, 1), size=args.size))
-    return Pictures(VOCFolder(data, split, tags=args.tags, mask_dir=args.mask_dir), skip_broken=args.skip_broken)
+    return checked({split: open_source(data, split, args)}, args)[split]
+
+
+def checked(
+    sources: Mapping[str, Scenes | TaggedPictures], args: RunOptions, say: Callable[[str], object] = lambda text: None
+) -> dict[str, Pictures]:
+    """Look at everything before the first step.
+
+    Args:
+        sources: Data sets by name.
+        args: With ``--skip-broken`` what cannot be used is left out.
+        say: Is told what was found.
+
+    Returns:
+        The pictures by name.
+
+    Raises:
+        SystemExit: Something is wrong, and shall not be left out. All of it is said.
+    """
+    opened = {name: Pictures(source, keep=KEEP // max(1, args.workers)) for name, source in sources.items()}
+    folders = {name: source for name, source in sources.items() if isinstance(source, TaggedPictures)}
+    if not folders:
+        return opened
+    found = survey(folders)
+    if found.faults and not args.skip_broken:
+        raise SystemExit(f"{found}\n\nmend these, or leave out what cannot be used by --skip-broken")
+    say(str(found))
+    for name, broken in found.broken.items():
+        if broken:
+            opened[name].leave_out(broken)
+    return opened
 
 
 class Crops(Dataset[dict[str, Tensor]]):

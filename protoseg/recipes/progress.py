@@ -173,7 +173,7 @@ def conclude(metrics: Mapping[str, Any], output: Path, accelerator: Accelerator)
         if count := broken if isinstance(broken, int) else len(broken):
             lines.append(f"left out, {what}: {count}, see {output / 'metrics.json'}")
     for folder in ("pseudo_masks", "masks"):
-        if count := sum(1 for _ in output.glob(f"{folder}/*.png")):
+        if count := sum(1 for _ in output.glob(f"{folder}/**/*.png")):
             empty = metrics["pseudo_masks"]["train"].get("empty", 0) if folder == "pseudo_masks" else 0
             lines.append(f"{folder}: {count} in {output / folder}" + f" ({empty} of background alone)" * (empty > 0))
     lines.append(f"report: {output / 'report.html'}")

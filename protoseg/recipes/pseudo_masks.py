@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from protoseg.data import Sample, load_mask, save_mask
-from protoseg.functional import load_refiner, otsu_threshold, to_mask, with_background
+from protoseg.functional import Refiner, load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.recipes.options import MaskOptions
 from protoseg.recipes.pictures import Pictures
@@ -55,15 +55,15 @@ def score_maps(
             sample = pictures[index]
             maps, features = maps_of(sample)
 
+            # Of many classes a picture has few, and the maps of the others are 0.
+            present = sample.labels.nonzero().flatten()
             for name in names:
-                sweeps[name].update(enlarge(maps[name], sample.image).cpu(), sample.labels, sample.mask)
+                own = maps[name][present.to(maps[name].device)]
+                sweeps[name].update(enlarge(own, sample.image).cpu(), sample.labels, sample.mask)
                 contrasts[name].update(features, maps[name], sample.labels)
 
             if split == "train":
-                with replacing(seed_path(args, sample.id)) as file, file.open("wb") as stream:
-                    np.savez(
-                        stream, allow_pickle=False, **{key: each.half().cpu().numpy() for key, each in maps.items()}
-                    )
+                write_seeds(seed_path(args, sample.id), maps, present)
 
         scores[split], curves[split] = {}, {}
         for name in names:
@@ -94,6 +94,8 @@ def score(sweep: ThresholdSweep, classes: tuple[str, ...]) -> tuple[dict[str, An
 
 def enlarge(maps: Tensor, image: Tensor) -> Tensor:
     """Resize maps ``[C, h, w]`` to the picture."""
+    if not len(maps):
+        return maps.new_zeros(0, *image.shape[-2:])
     return F.interpolate(maps[None].float(), image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
 
 
@@ -102,10 +104,18 @@ def seed_path(args: MaskOptions, name: str) -> Path:
     return Path(args.output) / "seeds" / f"{name}.npz"
 
 
+def write_seeds(path: Path, maps: Mapping[str, Tensor], present: Tensor) -> None:
+    """Write the maps of the classes that a picture has, and ``classes``, their places."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name: each[present.to(each.device)].half().cpu().numpy() for name, each in maps.items()}
+    with replacing(path) as file, file.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, classes=present.cpu().numpy(), **stored)
+
+
 def read_seeds(args: MaskOptions, name: str) -> dict[str, Tensor]:
-    """Read a training picture's maps."""
+    """Read a training picture's maps ``[P, h, w]`` of the classes that it has."""
     with np.load(seed_path(args, name), allow_pickle=False) as stored:
-        return {key: torch.from_numpy(stored[key]) for key in stored.files}
+        return {key: torch.from_numpy(stored[key]) for key in stored.files if key != "classes"}
 
 
 def seed_threshold(maps: Mapping[str, Any], args: MaskOptions) -> float:
@@ -131,22 +141,12 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
     for index in share(len(pictures), "refine", accelerator):
         sample = pictures[index]
-        present = sample.labels.nonzero().flatten()
-        maps = enlarge(read_seeds(args, sample.id)[args.seed_map][present], sample.image).to(accelerator.device)
-
-        # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
-        below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
-        maps = torch.where(maps < threshold, below, above)
-        if refiner is not None and len(present):
-            image = sample.image[None].to(accelerator.device)
-            maps = refiner(with_background(maps)[None], image)[0]
-            maps = maps[1:] / (maps[:1] + maps[1:].amax(0, keepdim=True)).clamp_min(1e-6)
-        mask = torch.zeros(sample.image.shape[-2:], dtype=torch.uint8)
-        if len(present):
-            # A map per present class: their indices in the mask are the classes'.
-            index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1])
-            mask = index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)].to(torch.uint8)
-        save_mask(mask_path(args, sample.id), mask)
+        maps = read_seeds(args, sample.id)[args.seed_map]
+        mask = mask_of(maps, sample, refiner, threshold, accelerator.device)
+        whole = mask if sample.size is None else nearest(mask, sample.size)
+        path = mask_path(args, sample.id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_mask(path, whole)
         empty += not mask.any()
         if sample.mask is not None:
             confusion.update(mask, sample.mask)
@@ -158,6 +158,26 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
     scored = named(confusion.all_reduce(), pictures.classes)
     counted = int(accelerator.reduce(empty))
     return {**scored, "threshold": threshold, "map": args.seed_map, "empty": counted, "pictures": by_picture}
+
+
+def mask_of(maps: Tensor, sample: Sample, refiner: Refiner | None, threshold: float, device: torch.device) -> Tensor:
+    """Make a picture's mask ``[H, W]`` from the maps ``[P, h, w]`` of the classes that it has."""
+    present = sample.labels.nonzero().flatten()
+    if not len(present):
+        return torch.zeros(sample.image.shape[-2:], dtype=torch.uint8)
+    maps = enlarge(maps, sample.image).to(device)
+
+    # Refiners take probabilities: bend the scale so that the threshold comes to lie at one half.
+    below, above = maps / max(threshold, 1e-6) / 2, 0.5 + (maps - threshold) / max(1 - threshold, 1e-6) / 2
+    maps = torch.where(maps < threshold, below, above)
+    if refiner is not None:
+        image = sample.image[None].to(device)
+        maps = refiner(with_background(maps)[None], image)[0]
+        maps = maps[1:] / (maps[:1] + maps[1:].amax(0, keepdim=True)).clamp_min(1e-6)
+
+    # A map per present class: their indices in the mask are the classes'.
+    index_of = torch.cat([torch.zeros(1, dtype=torch.long), present + 1]).to(torch.uint8)
+    return index_of[to_mask(maps.cpu(), torch.ones(len(present)), 0.5)]
 
 
 def named(confusion: ConfusionMatrix, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -172,8 +192,15 @@ def mask_path(args: MaskOptions, name: str) -> Path:
 
 
 def pseudo_mask(sample: Sample, args: MaskOptions) -> Tensor:
-    """Read a training picture's pseudo mask."""
-    return load_mask(mask_path(args, sample.id), len(sample.labels))
+    """Read a training picture's pseudo mask, at the size of the picture."""
+    mask = load_mask(mask_path(args, sample.id), len(sample.labels))
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    return mask if sample.size is None else nearest(mask, size)
+
+
+def nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a mask ``[H, W]`` without making new indices."""
+    return F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
 
 
 def true_mask(sample: Sample) -> Tensor:
@@ -213,7 +240,9 @@ def _shown(found: Mapping[str, Any], pictures: Pictures, args: MaskOptions) -> I
         if name not in wanted:
             continue
         sample = pictures[index]
-        panels = {key: enlarge(each, sample.image).amax(0) for key, each in read_seeds(args, name).items()}
+        stored = read_seeds(args, name)
+        blank = torch.zeros(sample.image.shape[-2:])  # of a picture without a class
+        panels = {key: enlarge(each, sample.image).amax(0) if len(each) else blank for key, each in stored.items()}
         if "refine" in found["stages"]:
             panels["pseudo mask"] = pseudo_mask(sample, args)
         tags = [tag for tag, present in zip(pictures.classes, sample.labels.tolist(), strict=True) if present]

@@ -64,7 +64,7 @@ PLAN = Plan(
     files={
         "prototypes": ("checkpoint/prototypes.pt",),
         "seeds": ("seeds/*.npz",),
-        "refine": ("pseudo_masks/*.png",),
+        "refine": ("pseudo_masks/**/*.png",),
         "segment": ("checkpoint/decoder.pt", "masks/*.png"),
     },
     results={
