@@ -80,7 +80,7 @@ def gain_of(name: str, split: str) -> str:
 
 
 def small_networks(table: Table) -> None:
-    """Two columns are of version 0.1.0, and in files; those beside them are of one seed of today's code, and in none."""
+    """Two columns are of version 0.1.0, and in files; those beside them are one seed of today's code, and in none."""
     rows = {
         "CAM": ("none", "cam"),
         "PACAM, the bank filled after training": ("none", "pacam"),
