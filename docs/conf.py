@@ -34,6 +34,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 90
 toc_object_entries_show_parents = "hide"
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Shape", "notes_style"), ("State", "notes_style")]
 
@@ -54,11 +55,11 @@ def copy_pages(app: Sphinx) -> None:
 
 def lead_to_copies(app: Sphinx, page: str, source: list[str]) -> None:
     """Make links that are right in the repository lead to the copies."""
-    text = re.sub(r"\]\(\.\./benchmarks/results/?\)", "](benchmarks/results/README.md)", source[0])
-    text = text.replace("](../benchmarks/", "](benchmarks/")
-    # Too many for the menu; the index of results leads to each.
+    text = re.sub(r"\]\(\.\./benchmarks/results/?\)", "](../benchmarks/results/README.md)", source[0])
+    text = re.sub(r"\]\(\.\./((?:\.\./)*)(?:examples/(notebooks)|(benchmarks))/", r"](\1\2\3/", text)
+    # Too many for the menu, and full of words that people search for; the index of results leads to each.
     aside = page.startswith("benchmarks/results/")
-    source[0] = f"---\norphan: true\n---\n{text}" if aside else text
+    source[0] = f"---\norphan: true\nnosearch: true\n---\n{text}" if aside else text
 
 
 def skip(app: Sphinx, what: str, name: str, item: object, skipped: bool, options: Any) -> bool | None:
