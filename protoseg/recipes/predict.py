@@ -34,7 +34,7 @@ from protoseg.recipes.files import keywords, load_checkpoint, write_classes
 from protoseg.recipes.masks import MAX_SIDE
 from protoseg.recipes.pictures import Pictures, scaled_image
 from protoseg.recipes.pseudo_masks import mask_of, nearest
-from protoseg.recipes.session import share
+from protoseg.recipes.session import share, start_engine
 from protoseg.utils.files import replacing
 
 __all__ = ["load_run", "main", "predict_tags"]
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kept and not (args.overwrite or args.resume):
         raise SystemExit(f"--output: {output} holds {len(kept)} masks; take another, or say --resume or --overwrite")
 
-    accelerator = Accelerator(cpu=args.device == "cpu")
+    accelerator = start_engine(args.device)
     net.cam.to(accelerator.device)
     net.bank.to(accelerator.device)
     refiner = load_refiner(options.refine)

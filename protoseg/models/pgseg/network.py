@@ -183,7 +183,7 @@ class PGSeg(nn.Module):
         return (terms.sum(1) / there.sum(1).clamp_min(1)).mean()
 
     def segment(self, image: Tensor, class_names: Sequence[str | Sequence[str]], **options: Any) -> ZeroShot:
-        """Give each pixel of a uint8 picture ``[3, H, W]`` a class: :func:`protoseg.models.pgseg.zeroshot.segment`."""
+        """Give each pixel of a uint8 picture ``[3, H, W]`` a class: :func:`protoseg.models.pgseg.segment`."""
         return segment(self, image, class_names, **options)
 
     @classmethod
