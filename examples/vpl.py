@@ -1,12 +1,11 @@
 """VPL: masks from image-level tags, by a frozen CLIP and class prototypes that are learnt in its vision space.
 
-    python examples/vpl.py                                               # made scenes: N minutes on one CPU core
-    python examples/vpl.py --data VOC2012 --clip ViT-B-16 --pretrained openai --size 320 --attentions 8
-    accelerate launch examples/vpl.py                                    # several processes
+    python examples/vpl.py                                # made scenes: about 4 minutes on one CPU core
+    python examples/vpl.py --data VOC2012 --size 288      # photographs, with a model that pip installs, or --clip
+    accelerate launch examples/vpl.py                     # several processes
 
-After "Toward Modality Gap: Vision Prototype Learning for Weakly-supervised Semantic Segmentation with CLIP" (AAAI 2025,
-https://arxiv.org/abs/2412.19650). For scenes, a small CLIP is trained first. Prints losses, and the mIoU of maps from
-text and vision prototypes, of the masks in --output, and of a decoder on held-out pictures, which is told no tags.
+After "Toward Modality Gap: Vision Prototype Learning for Weakly-supervised Semantic Segmentation with CLIP" (arXiv
+2412.19650). For scenes, a small CLIP is trained first. It prints the mIoU of maps, masks and a decoder told no tags.
 """
 
 import argparse
@@ -86,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Learn prototypes, make masks with them, and train a decoder on the masks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="VOC-layout folder with the splits train and val (default: made scenes)")
-    parser.add_argument("--clip", default="ViT-B-16", help="open_clip's name of the model, with --data")
-    parser.add_argument("--pretrained", default="openai", help="open_clip's tag of its weights")
+    parser.add_argument("--clip", default="pocket", help="with --data: pocket, or open_clip's name such as ViT-B-16")
+    parser.add_argument("--pretrained", help="open_clip's tag of its weights")
     parser.add_argument("--attentions", type=int, default=0, help="blocks whose attention spreads maps, 8 in CLIP-ES")
     parser.add_argument("--size", type=int, default=64, help="shorter side of pictures, and side of crops, in pixels")
     parser.add_argument("--scenes", type=int, default=600, help="to train on; half as many are held out")
@@ -108,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         pictures = {"tagged": VOCFolder(args.data, "train"), "held-out": VOCFolder(args.data, "val")}
         around = [name for name in BACKGROUND if name not in pictures["tagged"].classes]
-        clip = FrozenCLIP.load(args.clip, args.pretrained, device=accelerator.device)
+        if args.clip == "pocket":
+            clip = FrozenCLIP.pocket(device=accelerator.device)
+        else:
+            clip = FrozenCLIP.load(args.clip, args.pretrained, device=accelerator.device)
 
     def own_share(split: str) -> Iterator[Sample]:
         """Give each process pictures of its own."""
