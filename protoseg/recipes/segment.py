@@ -26,17 +26,15 @@ from tyro.conf import Positional
 
 from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, readable, segment_batch
 from protoseg.data import UnreadableFileError, load_image, save_mask
+from protoseg.data.images import ENDINGS, is_picture, pillow, read_header
 from protoseg.recipes.files import peak_memory_mb, to_replace, write_json
 from protoseg.recipes.options import plain, read
 from protoseg.recipes.session import share, start_engine
 from protoseg.report import overlay
-from protoseg.utils.extras import require
 from protoseg.utils.files import replacing
 
 __all__ = ["SegmentOptions", "main"]
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 FILES = ("config.json", "summary.json", "classes.txt", "masks/**/*.png", "overlays/**/*.jpg")  # what a run leaves
 
 
@@ -113,7 +111,7 @@ def find_pictures(folder: Path) -> list[Path]:
     """Paths of the pictures in a folder, from there; two that would have one mask are an error."""
     if not folder.is_dir():
         raise SystemExit(f"PICTURES: {folder} is no folder; give the one that holds the pictures")
-    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if is_picture(file.name))
     if not files:
         raise SystemExit(f"PICTURES: {folder} holds no picture ({', '.join(ENDINGS)})")
     times = Counter(file.with_suffix("") for file in files)
@@ -160,14 +158,12 @@ def prepare_output(args: SegmentOptions, accelerator: Accelerator) -> None:
 
 def plan(args: SegmentOptions, files: Sequence[Path]) -> list[list[Path]]:
     """Batches of pictures whose headers tell the same size; what tells none stands alone."""
-    pillow = require("PIL.Image", "protoseg segment", "recipes")
     batches: list[list[Path]] = []
     by_size: dict[tuple[int, int], list[Path]] = {}
     for file in files:
         try:
-            with pillow.open(args.pictures / file, formats=FORMATS) as picture:
-                by_size.setdefault(picture.size, []).append(file)
-        except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError):  # noqa: PERF203
+            by_size.setdefault(read_header(args.pictures / file).upright, []).append(file)
+        except UnreadableFileError:  # noqa: PERF203
             batches.append([file])  # where it is read, the error will say why it is none
     for some in by_size.values():
         batches += [some[first : first + args.batch] for first in range(0, len(some), args.batch)]
@@ -246,7 +242,7 @@ def write(args: SegmentOptions, file: Path, image: Tensor, mask: Tensor) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     pixels = overlay(image, mask).permute(1, 2, 0).contiguous().numpy()
     with replacing(target) as temporary:
-        require("PIL.Image", "protoseg segment", "recipes").fromarray(pixels).save(temporary, "JPEG", quality=90)
+        pillow().fromarray(pixels).save(temporary, "JPEG", quality=90)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
