@@ -189,6 +189,7 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from protoseg.data import VOCFolder
+    from protoseg.recipes.files import versions
     from protoseg.recipes.pictures import Pictures
 
     torch.set_num_threads(1)
@@ -198,6 +199,7 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
     page = args.output / f"accuracy-vpl-{name}-pocket"
 
     def save(summary: dict[str, Any]) -> None:
+        summary["versions"] = versions("protoseg", "torch", "timm", "transformers", "numpy")
         write(page, summary, _pocket.markdown(name, summary))
 
     folder = args.runs / f"{name}-pocket"

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "speed_fit.py"
 # Plain descent on the sphere behind the published signature; like the published script it asks for what is not here.
 STAND_IN = """
 import clip
 import torchvision.datasets as datasets
-
-pytestmark = pytest.mark.slow
 
 
 def image_opt(feat, init_classifier, plabel, lr, iter, tau_i, alpha):

@@ -14,12 +14,12 @@ import torch
 from protoseg.data import Scenes
 from tests.trainer import SCENES, SETTINGS, assert_equal, checkpoint, cpal, masks, miou, read, run
 
+pytestmark = pytest.mark.slow
+
 WATCH = """
 import sys
 import torch
 from protoseg.recipes import cpal
-
-pytestmark = pytest.mark.slow
 
 out, argv = sys.argv[1], sys.argv[2:]
 real = {"train": cpal.train, "seeds": cpal.seeds}

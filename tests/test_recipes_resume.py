@@ -246,7 +246,7 @@ def test_a_run_anew_leaves_nothing_of_the_old_one(finished: Path, tmp_path: Path
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     run(tmp_path, "--stages", "classify", "--train-scenes", "16", "--overwrite")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        *("classify.pt", "config.json", "metrics.json", "progress.json", "report.html"),
+        *("classes.txt", "classify.pt", "config.json", "metrics.json", "progress.json", "report.html"),
     ]
     assert read(tmp_path)["maps"] == {}
 

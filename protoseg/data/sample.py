@@ -18,7 +18,7 @@ class Sample(NamedTuple):
         labels: ``[C]`` float32, 1 where the foreground class is in the picture.
         mask: ``[H, W]`` uint8 or ``None``; 0 = background, 1..C = classes, 255 = void. For scoring only.
         caption: A sentence about the picture, or ``None``.
-        size: Height and width of the picture's file, where ``image`` is smaller; else ``None``.
+        size: Height and width of the picture's file where ``image`` may be smaller, else ``None``; scenes give theirs.
     """
 
     id: str

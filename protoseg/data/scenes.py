@@ -253,6 +253,7 @@ class Scenes(Dataset[Sample]):
             labels,
             torch.from_numpy(scene.mask),
             scene.caption,
+            scene.mask.shape,
         )
 
     def home(self, label: int) -> str:

@@ -43,7 +43,7 @@ from protoseg.report import Picture, write_report
 
 PLAN = Plan(
     files={"train": ("checkpoint/train.pt", "broken/*"), "score": ()},
-    results={"train": (), "score": ("maps", "sweeps", "groups", "trivial")},
+    results={"train": ("words",), "score": ("maps", "sweeps", "groups", "trivial")},
     free=("eval_every",),
     own={"score": ("background", "score", "eval_data", "tune_split", "eval_split", "eval_scenes")},
     epochs={"train": "epochs"},
@@ -142,11 +142,18 @@ def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
     set_seed(args.seed)
     broken = args.output / "broken"
     views = open_views(args, broken)
-    model = PGSeg(configure(args, words_of(views, args))).to(accelerator.device)
-
     pictures: list[Pictures] = []
     if args.eval_data:
         pictures = [open_pictures(args.eval_data, split, args) for split in (args.tune_split, args.eval_split)]
+
+    words = tuple(progress.found.get("words", ())) or words_of(views, args)
+    if NETWORKS[args.preset].text == "words" and pictures and "train" not in progress.found["stages"]:
+        # A network of words can be asked for those alone that it has.
+        never = [word for word in vocabulary(pictures[1].classes) if word not in words]
+        if never:
+            accelerator.print(f"--data: no caption has {', '.join(never)}; masks of these classes will mean nothing")
+            words = (*words, *never)
+    model = PGSeg(configure(args, words)).to(accelerator.device)
 
     def evaluate() -> tuple[dict[str, Any], tuple[list[float], list[float]]]:
         tune, test = pictures
@@ -154,7 +161,7 @@ def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
         return zero_shot(model, tune, test, setting, accelerator)
 
     if progress.wants("train"):
-        progress.done("train", {"history": learn(model, views, args, accelerator, evaluate)})
+        progress.done("train", {"history": learn(model, views, args, accelerator, evaluate), "words": words})
     if progress.wants("score") and pictures:
         model.load_state_dict(load_checkpoint(args.output / "checkpoint" / "train.pt")["model"])
         entry, curve = evaluate()
