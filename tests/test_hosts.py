@@ -114,10 +114,13 @@ class TestWhatIsCaptured:
             assert not warned(lambda: tap.cam)
             network.eval()(x)
             assert not warned(lambda: tap.cam)
-        network[3] = nn.Sigmoid()
-        with attach(network, features="0", cam="4") as tap:
+        # One that drops nothing is not waited for.
+        network.insert(3, nn.Dropout(0.0))
+        network[4] = nn.Sigmoid()
+        network.train()
+        with attach(network, features="0", cam="5") as tap:
             network(x)
-            assert "3 (Sigmoid)" in warned(lambda: tap.cam)[0]
+            assert "3 (Dropout), 4 (Sigmoid)" in warned(lambda: tap.cam)[0]
 
     def test_a_maximum_is_a_pooling_too(self) -> None:
         network, (x, _) = hosts.PatchClassifier(), pictures()

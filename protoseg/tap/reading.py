@@ -246,7 +246,8 @@ class CAMReader:
         """Warn where the classifier does not say what it would of the features' mean, or maximum; once."""
         between = [] if survey is None else survey.between(self._features.partition(":")[0], str(self._cam))
         # Dropout changes what it says, so another pass has to tell.
-        if any(isinstance(each.layer, nn.modules.dropout._DropoutNd) and each.layer.training for each in between):
+        dropouts = [each.layer for each in between if isinstance(each.layer, nn.modules.dropout._DropoutNd)]
+        if any(each.training and each.p > 0 for each in dropouts):
             return
         self._compared = True
         said = captured.flatten(1).float()
