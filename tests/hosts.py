@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -360,6 +361,16 @@ class CLIP(nn.Module):
         return ([tokens, tokens] if self.every else tokens), [torch.zeros(1)]
 
 
+class GridHook:
+    """As the hook of WeCLIP's Grad-CAM, which makes a map of what it sees and has to be told its size."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        layer.register_forward_hook(self.save)
+
+    def save(self, layer: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        self.activations = output[0][1:].unflatten(0, (self.height, self.width))  # type: ignore[attr-defined]
+
+
 class WeCLIP(nn.Module):
     """As WeCLIP: its CLIP, texts, what fuses the tokens and what makes masks of them."""
 
@@ -367,6 +378,7 @@ class WeCLIP(nn.Module):
         super().__init__()
         self.encoder = CLIP(every=True)
         self.fg_text_features = torch.randn(classes, 512)
+        self.grad_cam = SimpleNamespace(activations_and_grads=GridHook(self.encoder.visual.transformer.resblocks[-1]))
         self.decoder_fts_fuse, self.decoder = nn.Conv2d(768, 256, 1), nn.Conv2d(256, classes + 1, 1)
 
     def forward(self, img: Tensor, img_names: Any) -> tuple[Tensor, Tensor, Tensor]:
