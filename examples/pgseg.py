@@ -1,6 +1,6 @@
 """PGSeg: masks for classes that are given by name, learnt from pictures with captions by groups and prototypes.
 
-    python examples/pgseg.py                                         # made scenes: N minutes on one CPU core
+    python examples/pgseg.py                                         # made scenes: about 3 minutes on one CPU core
     python examples/pgseg.py --data pairs.csv --eval-data VOC2012    # your captions, and masks to score with
     accelerate launch examples/pgseg.py                              # several processes
 
