@@ -47,12 +47,17 @@ class Table(NamedTuple):
         return {row[0]: FIGURE.findall(row[number]) for row in self.rows}
 
 
+def raw_tables(page: str) -> list[list[list[str]]]:
+    """The cells of a page's tables, by lines."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+
+
 def tables(page: str) -> list[Table]:
     """The tables of a page that hold figures; what is code or a setting is none."""
-    text = (ROOT / page).read_text(encoding="utf-8")
     found = []
-    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+    for lines in raw_tables(page):
         table = Table(page, lines[0], lines[2:])
         settings = table.head[0] == "setting" or table.head[0] == "module"
         if not settings and any(FIGURE.search(cell) for row in table.rows for cell in row):
@@ -115,6 +120,20 @@ def test_every_table_with_figures_is_traced_or_named(page: str) -> None:
     assert found == {name for name in {**TRACED, **NOT_COVERED} if name[0] == page}
 
 
+def test_what_the_readme_says_of_sizes_is_measured() -> None:
+    measured = json.loads((RESULTS / "install-size.json").read_text(encoding="utf-8"))["megabytes"]
+    (table,) = (lines for lines in raw_tables("README.md") if lines[0][0] == "extra")
+    assert re.findall(r"(\d+) MB", table[2][2]) == [
+        f"{measured[name]:.0f}" for name in ("core", "of it for NVIDIA GPUs")
+    ]
+    told = {}
+    for row in table[3:]:
+        sizes = re.findall(r"(\d+) MB", row[2])
+        told.update(zip(re.findall(r"`(\w+)`", row[0]), map(int, sizes), strict=True))
+    assert told == {extra: round(measured[extra]) for extra in told}
+    assert set(told) == set(measured) - {"core", "of it for NVIDIA GPUs"}
+
+
 @pytest.mark.parametrize("name", TRACED, ids=lambda name: name[1])
 def test_figures_are_those_of_the_files(name: tuple[str, str]) -> None:
     (table,) = (table for table in tables(name[0]) if table.name == name)
@@ -132,7 +151,8 @@ def test_the_index_of_results_has_every_file() -> None:
     )
     for name, (_, versions, command) in rows.items():
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        known = content.get("versions") or content["environment"]["versions"]
-        assert versions == f"protoseg {known['protoseg']}, torch {known['torch']}", name
+        known = content.get("versions") or content.get("environment", {}).get("versions")
+        noted = "not noted" if known is None else f"protoseg {known['protoseg']}, torch {known['torch']}"
+        assert versions == noted, name
         assert command in (RESULTS / f"{name}.md").read_text(encoding="utf-8"), name
         assert command == content.get("command", command), name
