@@ -116,7 +116,7 @@ def test_the_numbers_are_those_of_the_masks(without: Path) -> None:
 
 def test_what_was_left_out_stands_with_its_reason(without: Path) -> None:
     shown = text(section(page(without), "left-out"))
-    assert "1 pictures cannot be used" in shown
+    assert "1 picture cannot be used" in shown
     assert scenes()[5].name in shown
     (fault,) = read(without / "out")["survey"]["faults"]
     assert fault in shown

@@ -313,6 +313,8 @@ def run(
         write_json(args.output / "metrics.json", metrics)
         head = "" if args.head == "cam" else f" with head {args.head}"
         title = f"CPAL on {Path(args.data).name}: {args.method}{head}, seed {args.seed}"
+        if command is not None:
+            title = f"Masks of {Path(args.data).resolve().name}"
         words = command or ("protoseg", "train", "cpal", *argv)
         report(title, metrics, progress.found, pictures, args, as_line(words))
     return metrics

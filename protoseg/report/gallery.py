@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from protoseg.report.formats import data_uri, number, percent
-from protoseg.report.outlines import bright, outlined, place_names
+from protoseg.report.outlines import Label, bright, outlined, place_names
 
 __all__ = ["Picture", "large_pictures", "left_out", "overview"]
 
@@ -70,11 +70,11 @@ def _card(picture: Picture, mask: Tensor, classes: Sequence[str]) -> dict[str, A
     }
 
 
-def _plain(label: Any) -> dict[str, Any]:
+def _plain(label: Label) -> dict[str, Any]:
     """A name's place in whole tenths of pixels, and its colors as the page writes them."""
-    places = {key: round(value, 1) for key, value in label._asdict().items() if isinstance(value, float)}
+    places = {key: round(getattr(label, key), 1) for key in ("x", "y", "width", "height", "size")}
     middle = {"middle_x": round(label.x + label.width / 2, 1), "middle_y": round(label.y + label.height / 2, 1)}
-    return {"name": label.name, "color": f"rgb{label.color}", "ink": label.ink, **places, **middle}
+    return {"name": label.name, "color": f"rgb{label.color}", **places, **middle}
 
 
 def overview(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def overview(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if not count:
         return {}
 
+    empties = list(found.get("empties") or ())
     by_class = []
     for place, (name, entry) in enumerate((found.get("classes") or {}).items(), 1):
         row = {"name": name, "color": f"rgb{bright(place)}", "tagged": entry["tagged"], "found": entry["found"]}
@@ -96,7 +97,8 @@ def overview(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "empty": found.get("empty", 0),
         "untagged": found.get("untagged", 0),
         "foreground": percent(found.get("foreground")),
-        "empties": list(found.get("empties") or ()),
+        "empties": empties,
+        "more": found.get("empty", 0) - found.get("untagged", 0) - len(empties),
         "classes": by_class,
     }
 

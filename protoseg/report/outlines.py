@@ -22,6 +22,7 @@ VOID = 255
 VOID_COLOR: Rgb = (214, 218, 224)
 TINT = 0.28  # share of the class's color inside its outline: what is below has to stay visible
 GOLDEN = 0.618034  # of a turn: neighbors in the list of classes lie far apart on the circle of hues
+LIGHT = 130  # least luma of a class's color, 0..255
 LETTER = 0.62  # width of a letter, in units of the font's size
 
 
@@ -45,12 +46,6 @@ class Label(NamedTuple):
     width: float
     height: float
     size: float
-
-    @property
-    def ink(self) -> str:
-        """Color of the letters, that can be read on the ground."""
-        red, green, blue = self.color
-        return "#10151c" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "#ffffff"
 
     def overlaps(self, other: Label) -> bool:
         """Whether two names would cover each other."""
@@ -80,7 +75,14 @@ def bright(value: int) -> Rgb:
     saturation = (0.92, 0.55, 0.75)[(value - 1) // 5 % 3]
     color = colorsys.hsv_to_rgb((0.02 + GOLDEN * (value - 1)) % 1, saturation, 1.0)
     red, green, blue = (round(255 * part) for part in color)
-    return red, green, blue
+    # Blue is dark, however bright it is: white makes it as light as dark letters on it need.
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    white = max(0.0, (LIGHT - luma) / (255 - luma))
+    return _whiter(red, white), _whiter(green, white), _whiter(blue, white)
+
+
+def _whiter(part: int, share: float) -> int:
+    return round(part + share * (255 - part))
 
 
 def outlined(image: Tensor, mask: Tensor, *, shortest: int = 640, longest: int = 960) -> Outlined:
@@ -106,7 +108,7 @@ def outlined(image: Tensor, mask: Tensor, *, shortest: int = 640, longest: int =
         raise ValueError(f"outlined: a mask must hold 0..255, got {int(mask.min())} to {int(mask.max())}")
 
     picture, indices = _resized(image.detach().cpu(), mask.detach().cpu(), shortest, longest)
-    reach = max(1, round(max(indices.shape) / 260))
+    reach = max(1, round(max(indices.shape) / 170))
 
     # Small classes last, so that no outline of a large one covers them.
     sizes = {value: int((indices == value).sum()) for value in indices.unique().tolist() if value != 0}

@@ -299,7 +299,7 @@ def _training(history: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str,
     for name, curve in history.items():
         points = finite(curve)
         points = points[:: 1 + len(points) // _MOST_POINTS]
-        if not points:
+        if len(points) < 2:  # one epoch is no curve
             continue
 
         lines = [Line(points, _CURVE_COLOR)]
@@ -400,7 +400,7 @@ def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, 
     tables = []
     for heading, group in groups.items():
         rows = [_row(picture, columns) for picture in group]
-        tables.append({"heading": heading, "rows": rows, "scored": group[0].score is not None})
+        tables.append({"heading": heading, "rows": rows, "scored": number(group[0].score) is not None})
 
     layers = [layer for picture in shown for layer in _layers(picture).values()]
     return {
