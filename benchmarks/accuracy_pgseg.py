@@ -95,7 +95,7 @@ def summarize(folder: Path, wanted: Sequence[str], seeds: Sequence[int]) -> dict
     for name in wanted:
         runs = [json.loads((path_of(folder, name, seed) / "metrics.json").read_text("utf-8")) for seed in seeds]
         summary["variants"][name] = {key: spread(read(run) for run in runs) for key, read in FIGURES.items()}
-        summary["trivial"], summary["versions"] = runs[0]["trivial"], runs[0]["versions"]
+        summary["trivial"], summary["versions"] = runs[0]["trivial"]["eval"], runs[0]["versions"]
     return summary
 
 

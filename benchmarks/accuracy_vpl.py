@@ -147,7 +147,7 @@ def summarize(folder: Path, sets: Sequence[str], seeds: Sequence[int]) -> dict[s
             entry["pseudo masks"] = spread(run["pseudo_masks"]["train"].get("miou") for run in runs)
             entry["seconds"] = spread(run["seconds"] for run in runs)
             summary[each][name] = entry
-            summary["trivial"], summary["versions"] = runs[0]["trivial"], runs[0]["versions"]
+            summary["trivial"], summary["versions"] = runs[0]["trivial"]["eval"], runs[0]["versions"]
     return summary
 
 

@@ -43,7 +43,7 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
     metrics = read(finished)
     assert set(metrics) == {
         *("method", "seed", "seconds", "peak_memory_mb", "versions"),
-        *("head", "maps", "pseudo_masks", "segmentation", "broken"),
+        *("head", "counted", "maps", "trivial", "pseudo_masks", "segmentation", "broken", "survey"),
     }
     assert (metrics["method"], metrics["seed"]) == ("cpal", 0)
     assert 0 < metrics["seconds"] < 600
@@ -53,7 +53,13 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
     assert_maps(metrics["maps"], names)
     assert set(metrics["pseudo_masks"]) == {"train"}
     pseudo = metrics["pseudo_masks"]["train"]
-    assert set(pseudo) == {"miou", "per_class", "threshold", "map", "empty", "pictures"}
+    assert set(pseudo) == {
+        *("miou", "per_class", "threshold", "map", "pictures", "shown"),
+        *("count", "empty", "untagged", "empties", "foreground", "classes"),
+    }
+    assert metrics["counted"] == {"train": {"pictures": 24, "scored": 24}, "eval": {"pictures": 6, "scored": 6}}
+    for split in ("train", "eval"):
+        assert set(metrics["trivial"][split]) == {"background", "regions", "tag", "disc", "disc radius"}
     assert pseudo["map"] == "pacam"
     assert pseudo["threshold"] == metrics["maps"]["train"]["pacam"]["threshold_mask_free"]
     assert set(metrics["segmentation"]) == {"eval"}
@@ -97,8 +103,9 @@ def test_the_floor_is_background_everywhere(finished: Path) -> None:
 
 def test_the_report_and_the_settings_are_there(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
-    assert "pseudo mask" in page
-    assert page.count("<img") >= 12 * 4
+    assert page.count('<figure class="large') >= 12
+    assert page.count("<img") >= 12 * 6
+    assert "protoseg train cpal --device cpu" in page
     assert all(f"{name} loss" in page for name in ("classify", "self", "segment"))
     config = read(finished, "config.json")
     assert config["backbone"] == "small:8"

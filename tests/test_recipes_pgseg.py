@@ -54,11 +54,13 @@ def test_metrics_have_the_documented_form(tmp_path: Path) -> None:
         assert 0 <= metrics["prototypes"][f"{part} accepted"] <= 1
         assert -1 <= metrics["prototypes"][f"{part} prototype cosine"] <= 1
         assert 1 <= metrics["prototypes"][f"{part} prototypes in use"] <= 8
-    assert set(metrics["trivial"]) == {"background", "regions", "tag", "disc", "disc radius"}
+    assert set(metrics["trivial"]["eval"]) == {"background", "regions", "tag", "disc", "disc radius"}
     masks = [mask for mask in (Scenes(4, seed=1, size=32)[index].mask for index in range(4)) if mask is not None]
     kept = torch.stack(masks)[torch.stack(masks) != 255]
-    assert metrics["trivial"]["background"] == pytest.approx(float((kept == 0).double().mean()) / len(kept.unique()))
-    assert 0 < metrics["trivial"]["regions"] < metrics["trivial"]["disc"] < 1
+    assert metrics["trivial"]["eval"]["background"] == pytest.approx(
+        float((kept == 0).double().mean()) / len(kept.unique())
+    )
+    assert 0 < metrics["trivial"]["eval"]["regions"] < metrics["trivial"]["eval"]["disc"] < 1
     assert len(metrics["history"]) == 2
     assert set(metrics["history"][0]) == {"losses", "prototypes", "zeroshot"}
     assert "zero-shot" in (tmp_path / "report.html").read_text(encoding="utf-8").lower().replace(

@@ -25,7 +25,7 @@ from tests.trainer import SETTINGS, assert_equal, findings, masks, miou, read
 
 pytest.importorskip("open_clip", reason="the extra clip is not installed")
 
-from protoseg.recipes import small_clip, vpl
+from protoseg.recipes import small_clip, vpl, vpl_options, vpl_stages
 
 COMMAND = [sys.executable, "-m", "protoseg", "train", "vpl"]
 TINY = ["--device", "cpu", "--clip-scenes", "16", "--clip-steps", "3", "--clip-size", "32", "--size", "32"]
@@ -68,7 +68,7 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
             assert list(entry["per_class"]) == names
     assert metrics["method"] == "with regional contrast"
     assert metrics["prototypes"]["kl_end"] < metrics["prototypes"]["kl_start"]
-    assert set(metrics["trivial"]) == {"background", "regions", "tag", "disc", "disc radius"}
+    assert set(metrics["trivial"]["eval"]) == {"background", "regions", "tag", "disc", "disc radius"}
     assert set(metrics["segmentation"]) == {"train", "eval"}
     assert "VPL on scenes" in (finished / "report.html").read_text(encoding="utf-8")
     history = json.loads((finished / "checkpoint" / "progress.json").read_text())["stages"]["segment"]["history"]
@@ -126,6 +126,30 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
     assert [set(each["history"][0]) for each in both] == [{"segment", "affinity"}, {"segment", "affinity", "contrast"}]
     weights = [each["model"]["enter.0.1.weight"] for each in both]
     assert not torch.equal(*weights)
+
+
+def test_prompts_hold_names_as_people_write_them(tmp_path: Path) -> None:
+    """Row 10: also the other names that a file gives."""
+
+    class Asked:
+        templates = ("a photo of a {}",)
+
+        def __init__(self) -> None:
+            self.names: list[Any] = []
+
+        def text_prototypes(self, names: Sequence[Any], templates: Sequence[str]) -> torch.Tensor:
+            self.names.append(names)
+            return torch.zeros(len(names), 4)
+
+    (tmp_path / "synonyms.json").write_text(json.dumps({"tvmonitor": ["television_set"]}))
+    args = vpl_options.parse(
+        ["--synonyms", str(tmp_path / "synonyms.json"), "--background-names", "sky", "dining table"]
+    )
+    classes = ["traffic_light", "pottedplant", "diningtable", "tvmonitor", "cat"]
+    clip = Asked()
+    vpl_stages.texts(clip, classes, args)  # type: ignore[arg-type]
+    expected = [["traffic light"], ["potted plant"], ["dining table"], ["tv monitor", "television set"], ["cat"]]
+    assert clip.names == [expected, ["sky"]]
 
 
 def test_permuted_colors_are_what_every_stage_sees() -> None:

@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 import sys
@@ -8,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoseg.report import Picture, formats, overlay, plots, write_report
+from protoseg.report import Picture, formats, outlines, overlay, plots, write_report
 
-SECTIONS = ("results", "training", "thresholds", "classes", "pictures", "run")
+SECTIONS = ("pictures", "masks", "left-out", "results", "training", "thresholds", "classes", "maps", "run")
 
 
 def metrics() -> dict[str, Any]:
@@ -34,7 +35,27 @@ def metrics() -> dict[str, Any]:
             "train": {"cam": value(0.4), "instance": value(0.43), "pacam": value(0.4561)},
             "eval": {"cam": value(0.35), "instance": value(0.4), "pacam": value(0.44)},
         },
-        "pseudo_masks": {"train": {"miou": 0.512}},
+        "counted": {"train": {"pictures": 12, "scored": 2}, "eval": {"pictures": 6, "scored": 6}},
+        "trivial": {
+            "train": {"background": 0.31, "regions": 0.03, "tag": 0.12, "disc": 0.333, "disc radius": 0.5},
+            "eval": {"background": 0.29, "regions": 0.02, "tag": 0.11, "disc": 0.22, "disc radius": 0.5},
+        },
+        "pseudo_masks": {
+            "train": {
+                "miou": 0.512,
+                "count": 12,
+                "empty": 3,
+                "untagged": 1,
+                "empties": ["lost one", "lost two"],
+                "foreground": 0.187,
+                "classes": {
+                    "cow": {"tagged": 8, "found": 7, "share": 0.25},
+                    "boat": {"tagged": 5, "found": 0, "share": None},
+                },
+            }
+        },
+        "broken": {"train": {"torn": "torn.jpg: is truncated"}, "eval": {}},
+        "survey": {"facts": ["12 pictures in a folder"], "faults": ["train: torn.jpg: is truncated"]},
         "segmentation": {"eval": {"miou": 0.487, "per_class": {"background": 0.9, "cow": 0.6, "boat": 0.1}}},
     }
 
@@ -45,7 +66,18 @@ def picture(name: str, score: float | None, size: tuple[int, int] = (12, 16)) ->
     mask = torch.randint(0, 3, size, generator=generator)
     mask[0] = 255
     panels = {"cam": torch.rand(size, generator=generator), "pseudo mask": mask.to(torch.uint8)}
-    return Picture(name, image, mask, panels, score, ("cow", "boat"))
+    return Picture(name, image, mask, panels, score, ("cow", "boat"), mask.clone(), large=False)
+
+
+def large(name: str, mask: Tensor, **changes: Any) -> Picture:
+    image = torch.full((3, *mask.shape), 90, dtype=torch.uint8)
+    return Picture(name, image, None, {}, tags=("cow",), mask=mask)._replace(**changes)
+
+
+def blot(value: int, size: tuple[int, int] = (60, 80)) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.uint8)
+    mask[10:40, 20:50] = value
+    return mask
 
 
 def everything() -> dict[str, Any]:
@@ -55,7 +87,8 @@ def everything() -> dict[str, Any]:
         "metrics": metrics(),
         "history": {"loss": [(i, 1 / (i + 1)) for i in range(100)], "lr": [(0, 0.1), (50, 0.01)]},
         "sweeps": {s: {"cam": (thresholds, 0.4 - (thresholds - 0.4) ** 2)} for s in ("train", "eval")},
-        "pictures": [picture(f"id_{i:02}", i / 20) for i in range(20)] + [picture("unranked", None)],
+        "pictures": [picture(f"id_{i:02}", i / 20) for i in range(20)]
+        + [picture("unranked", None), large("meadow", blot(1))],
         "classes": ["cow", "boat"],
         "config": {"command": "train --seed 7", "scales": [0.5, 1.0], "refine": True, "resume": None},
     }
@@ -78,7 +111,7 @@ def test_is_self_contained(full: str) -> None:
     assert "<link" not in full
     assert "@import" not in full
     assert "url(" not in full.replace("url(#", "")
-    sources = re.findall(r'src="([^"]{0,30})', full)
+    sources = re.findall(r'(?:src|href)="([^"#][^"]{0,30})', full)
     assert sources
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
 
@@ -96,11 +129,11 @@ def test_shows_the_numbers(full: str) -> None:
     for shown in ("2,113 MB", "seed 7", "train --seed 7", "[0.5, 1.0]", "true", "2.5.0", "void", "cow", "boat"):
         assert shown in text, shown
     assert "resume" not in text, "a setting without a value says nothing"
-    assert full.count('class="n best"') == 2, "one best map a split"
+    assert full.count("n best") == 2, "one best map a split"
 
 
 def test_shows_the_best_and_the_worst_and_none_twice(full: str) -> None:
-    names = re.findall(r"<code>(\w+)</code>", full)
+    names = re.findall(r"<code>(\w+)</code>", full[full.index('id="maps"') :])
     best = [f"id_{i:02}" for i in range(19, 13, -1)]
     worst = [f"id_{i:02}" for i in range(6)]
     assert names == [*best, *worst, "unranked"]
@@ -140,9 +173,9 @@ def test_argument_that_is_missing_is_left_out(tmp_path: Path, part: str) -> None
     del arguments[part]
     write_report(tmp_path / "r.html", **arguments)
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
-    section = {"history": "training", "sweeps": "thresholds", "pictures": "pictures"}.get(part)
+    gone = {"history": ["training"], "sweeps": ["thresholds"], "pictures": ["pictures", "maps"]}.get(part, [])
     for name in SECTIONS:
-        assert (f'id="{name}"' in html) is (name != section)
+        assert (f'id="{name}"' in html) is (name not in gone)
 
 
 @pytest.mark.parametrize("part", list(metrics()))
@@ -166,7 +199,7 @@ def test_missing_numbers_are_dashes(tmp_path: Path) -> None:
     maps = {
         "instance": None,
         "cam": {"miou": math.nan, "per_class": {"cow": math.nan, "boat": None}},
-        "pacam": {"miou": None},
+        "pacam": {"miou": 0.2},
     }
     html = write(
         tmp_path / "r.html",
@@ -180,6 +213,156 @@ def test_missing_numbers_are_dashes(tmp_path: Path) -> None:
     assert not re.search(r"\b(nan|inf|None)\b", visible)
     assert visible.count("\N{EN DASH}") >= 18 + 2 + 1
     assert "broken" not in visible
+
+
+def text_of(html: str) -> str:
+    """What a person reads, in order."""
+    text = re.sub(r"<style.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def section(html: str, name: str) -> str:
+    return html[html.index(f'<section id="{name}"') :].partition("</section>")[0]
+
+
+def test_pictures_come_first_and_large_with_their_names_in_them(full: str) -> None:
+    order = re.findall(r'<section id="([\w-]+)"', full)
+    assert order == list(SECTIONS)
+    gallery = section(full, "pictures")
+    assert gallery.count("<svg") == 1, "only what is large"
+    assert re.search(r"<text [^>]*>cow</text>", gallery)
+    assert 'aria-label="meadow: cow"' in gallery
+    assert "18.8 % foreground" in text_of(gallery)
+
+
+def test_a_picture_says_what_was_not_found(tmp_path: Path) -> None:
+    lost = large("lost", torch.zeros(30, 40, dtype=torch.uint8))
+    half = large("half", blot(2), tags=("cow", "boat"), score=0.25)
+    gallery = section(write(tmp_path / "r.html", pictures=[lost, half], history={}, sweeps={}), "pictures")
+    assert "empty, tagged cow" in text_of(gallery)
+    assert 'aria-label="lost: no object found"' in gallery
+    assert "not found: cow" in text_of(gallery)
+    assert "IoU 25.0" in text_of(gallery)
+
+
+def test_masks_in_numbers(full: str) -> None:
+    text = text_of(section(full, "masks"))
+    assert "12 masks 3 empty, 1 of them without a tag 18.7 % of the pixels are foreground" in text
+    assert "Empty although tagged: lost one , lost two ." in text
+    assert "cow 8 7 25.0 % boat 5 0 \N{EN DASH}" in text
+    assert section(full, "masks").count("down") == 1, "a class that is found in less than half of its pictures"
+
+
+def test_what_was_left_out_and_why(full: str, tmp_path: Path) -> None:
+    text = text_of(section(full, "left-out"))
+    assert "1 picture cannot be used" in text
+    assert "train: torn.jpg: is truncated" in text
+    many = {"faults": [f"fault {place}" for place in range(100)]}
+    html = write(tmp_path / "r.html", metrics={**metrics(), "survey": many}, history={}, sweeps={}, pictures=[])
+    assert "fault 39 and 60 more, in metrics.json" in text_of(section(html, "left-out"))
+    counts = {"broken picture": 7}
+    html = write(tmp_path / "r.html", metrics={"broken": counts}, history={}, sweeps={}, pictures=[])
+    assert "7 pictures cannot be used" in text_of(section(html, "left-out"))
+
+
+def test_scores_stand_beside_those_of_masks_that_know_nothing(full: str) -> None:
+    cards = text_of(full[: full.index('<section id="results"')])
+    assert "51.2 mIoU, training, 2 of 12 pictures a true tag in a centered disc: 33.3" in cards
+    assert "44.0 mIoU, evaluation, 6 pictures" in cards
+    assert "background everywhere: 29.0" in cards
+    table = text_of(section(full, "results"))
+    assert "training, 2 of 12 pictures" in table
+    for shown in ("Background everywhere 31.0", "A true tag everywhere 12.0", "A true tag in a centered disc 22.0"):
+        assert shown in table
+    assert section(full, "results").count("trivial") == 8
+
+
+def test_without_masks_no_score_is_shown(tmp_path: Path) -> None:
+    entry = {"miou": None, "threshold": None, "per_class": {}, "miou_mask_free": None, "threshold_mask_free": 0.41}
+    values = metrics()
+    values["maps"] = {"train": {"cam": {**entry, "contrast": 0.25}}}
+    values["pseudo_masks"]["train"]["miou"] = math.nan
+    values |= {"trivial": {}, "segmentation": {}, "counted": {"train": {"pictures": 12, "scored": 0}}}
+    html = write(tmp_path / "r.html", metrics=values, history={}, sweeps={})
+    text = text_of(html[: html.index('<section id="maps"')])
+    assert "There are no true masks" in text
+    assert "CAM 0.410 0.250" in text
+    assert "mIoU" not in text
+    assert "IoU" not in text
+
+
+def test_the_command_is_one_click(full: str) -> None:
+    assert re.search(r'<pre class="command"[^>]*>train --seed 7</pre>', full)
+    assert "user-select: all" in full
+    assert "12 pictures in a folder" in text_of(section(full, "run"))
+
+
+class TestOutlined:
+    def test_edges_are_bright_and_the_rest_stays(self) -> None:
+        image = torch.full((3, 640, 800), 90, dtype=torch.uint8)
+        mask = torch.zeros(640, 800, dtype=torch.uint8)
+        mask[100:400, 200:500] = 1
+        found = outlines.outlined(image, mask)
+        assert found.image.shape == (3, 640, 800)
+        assert found.image[:, 102, 300].tolist() == list(outlines.bright(1))
+        assert found.image[:, 10, 10].tolist() == [90, 90, 90]
+        assert found.image[:, 99, 300].tolist() < [90, 90, 90], "dark around the outline"
+        inside = [round(90 + outlines.TINT * (part - 90)) for part in outlines.bright(1)]
+        assert found.image[:, 250, 350].tolist() == inside
+        assert found.centers == {1: (pytest.approx(350, abs=2), pytest.approx(250, abs=2))}
+
+    def test_small_pictures_are_enlarged_and_large_ones_made_smaller(self) -> None:
+        for size, expected in (((48, 48), (640, 640)), ((2000, 1000), (960, 480)), ((700, 700), (700, 700))):
+            image = torch.zeros(3, *size, dtype=torch.uint8)
+            found = outlines.outlined(image, torch.zeros(size, dtype=torch.uint8))
+            assert tuple(found.image.shape[1:]) == expected
+            assert found.centers == {}
+
+    def test_void_is_a_veil_without_a_name(self) -> None:
+        found = outlines.outlined(torch.zeros(3, 640, 640, dtype=torch.uint8), torch.full((640, 640), 255))
+        assert found.centers == {}
+        assert found.image[:, 5, 5].tolist() == [part // 2 for part in outlines.VOID_COLOR]
+
+    def test_colors_of_all_classes_are_bright_and_differ(self) -> None:
+        colors = [outlines.bright(value) for value in range(1, 81)]
+        assert len(set(colors)) == 80
+        assert all(max(color) == 255 for color in colors)
+        for one, other in itertools.pairwise(colors):
+            assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 150
+
+    def test_names_stay_inside_and_apart(self) -> None:
+        names = ["a", "traffic light", "a name that is longer than the picture is wide"]
+        centers = {1: (0.0, 0.0), 2: (2.0, 3.0), 3: (399.0, 199.0), 9: (0.0, 199.0)}
+        labels = outlines.place_names(centers, names, (200, 400))
+        assert [label.name for label in labels] == [*names, "class 9"]
+        for label in labels:
+            assert 0 <= label.x <= label.x + label.width <= 400 + 1e-6
+            assert 0 <= label.y <= label.y + label.height <= 200 + 1e-6
+        for place, label in enumerate(labels):
+            assert not any(label.overlaps(other) for other in labels[:place])
+
+    def test_letters_can_be_read_on_their_ground(self) -> None:
+        def light(color: tuple[int, ...]) -> float:
+            linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in
+                      (value / 255 for value in color)]  # fmt: skip
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+        for value in range(1, 81):
+            ratio = (light(outlines.bright(value)) + 0.05) / (light((16, 21, 28)) + 0.05)
+            assert ratio > 4.5, value
+
+    @pytest.mark.parametrize(
+        ("image", "mask", "error", "message"),
+        [
+            (torch.zeros(3, 2, 2), torch.zeros(2, 2).long(), TypeError, "image must be uint8"),
+            (torch.zeros(3, 2, 2).byte(), torch.zeros(2, 2), TypeError, "mask must hold integers, got torch.float32"),
+            (torch.zeros(3, 2, 2).byte(), torch.zeros(2, 3).long(), ValueError, "mask must have shape"),
+            (torch.zeros(3, 2, 2).byte(), torch.full((2, 2), -1), ValueError, "must hold 0..255, got -1 to -1"),
+        ],
+    )
+    def test_errors(self, image: Tensor, mask: Tensor, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            outlines.outlined(image, mask)
 
 
 def test_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +394,8 @@ def test_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"truth": torch.zeros(12, 16).bool()}, TypeError, "scores or an integer mask, got torch.bool"),
-        ({"truth": torch.zeros(5, 5).long()}, ValueError, "layer must have shape"),
+        ({"truth": torch.zeros(12, 16).bool()}, TypeError, "mask must hold integers, got torch.bool"),
+        ({"truth": torch.zeros(5, 5).long()}, ValueError, "mask must have shape"),
         ({"truth": torch.full((12, 16), 300)}, ValueError, "mask must hold 0..255, got 300 to 300"),
     ],
 )

@@ -40,22 +40,24 @@ from protoseg.recipes.cpal_options import CPALOptions, first_results, parse
 from protoseg.recipes.cpal_stages import SIDE, Network, score_segmentation, seeds
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, save_checkpoint, write_classes, write_json
+from protoseg.recipes.hub import save_model
 from protoseg.recipes.options import check_counts, check_threshold, plain
-from protoseg.recipes.pictures import Crops, Pictures, open_splits
+from protoseg.recipes.pictures import Crops, Pictures, open_splits, told_of
 from protoseg.recipes.progress import FREE, Plan, Progress, conclude
-from protoseg.recipes.pseudo_masks import nearest, pseudo_mask, refine, report, true_mask
-from protoseg.recipes.session import launch, stoppable
+from protoseg.recipes.pseudo_masks import baselines, nearest, pseudo_mask, refine, report, true_mask
+from protoseg.recipes.session import as_line, launch, stoppable
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
 PACKAGES = ("protoseg", "torch", "numpy", "timm", "accelerate", "segmentation-models-pytorch")
+FOUND = ("maps", "sweeps", "counted", "trivial")
 PLAN = Plan(
     files={
         "classify": ("checkpoint/classify.pt", "checkpoint/fork.pt"),
         "seeds": ("seeds/**/*.npz", "checkpoint/bank.pt"),
-        "refine": ("pseudo_masks/**/*.png",),
+        "refine": ("pseudo_masks/**/*.png", "model/*"),
         "segment": ("checkpoint/segment.pt", "checkpoint/ceiling.pt"),
     },
-    results={"classify": (), "seeds": ("maps", "sweeps"), "refine": ("pseudo_masks",), "segment": ("segmentation",)},
+    results={"classify": (), "seeds": FOUND, "refine": ("pseudo_masks",), "segment": ("segmentation",)},
     free=("fork", "ceiling"),
     own={
         "seeds": ("maps", "bank_rounds"),
@@ -252,19 +254,26 @@ def restore(net: Network, args: CPALOptions) -> None:
     net.bank.load_state_dict(state["bank"])
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the stages and write ``metrics.json``, ``report.html`` and ``pseudo_masks``; returns the metrics."""
+def main(argv: Sequence[str] | None = None, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the stages and write ``metrics.json``, ``report.html`` and ``pseudo_masks``; returns the metrics.
+
+    Args:
+        argv: The flags.
+        command: The words that the user typed, where they are others.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv, __doc__)
     check(args)
     accelerator = launch(args)
     with stoppable(args):
-        metrics = run(args, argv, accelerator)
+        metrics = run(args, argv, accelerator, command)
     conclude(metrics, args.output, accelerator)
     return metrics
 
 
-def run(args: CPALOptions, argv: Sequence[str], accelerator: Accelerator) -> dict[str, Any]:
+def run(
+    args: CPALOptions, argv: Sequence[str], accelerator: Accelerator, command: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Run the stages for flags that have been read; AMN's first network is such a run within one."""
     began = time.monotonic()
     set_seed(args.seed)
@@ -283,23 +292,31 @@ def run(args: CPALOptions, argv: Sequence[str], accelerator: Accelerator) -> dic
         progress.done("classify", {"history": classify(net, pictures, args, accelerator)})
     if progress.wants("seeds"):
         restore(net, args)
-        maps, sweeps = seeds(net, splits, args, accelerator)
+        scores = seeds(net, splits, args, accelerator)
         if accelerator.is_main_process:  # the bank as the maps were made with it, for other pictures
             save_checkpoint(args.output / "checkpoint" / "bank.pt", {"bank": net.bank.state_dict()})
-        progress.done("seeds", {"maps": maps, "sweeps": sweeps})
+        plain_scores = baselines(splits, scores.counted, accelerator)
+        progress.done("seeds", {**scores._asdict(), "trivial": plain_scores})
     if progress.wants("refine"):
-        progress.done("refine", {"pseudo_masks": refine(pictures, progress.found, args, accelerator)})
+        made = refine(pictures, progress.found, args, accelerator)
+        if accelerator.is_main_process and args.head == "cam":
+            save_model(args, pictures.classes, made["threshold"])
+        progress.done("refine", {"pseudo_masks": made})
     scored = progress.found.get("segmentation", {}).get("eval", {})
     if progress.wants("segment", complete="ceiling" in scored or not args.ceiling):
         restore(net, args)
         progress.done("segment", segmentation(net, pictures, test, args, accelerator))
     broken = {split: each.broken for split, each in splits.items()}
-    metrics = progress.metrics(args.method, PACKAGES, head=args.head, broken=broken)
+    told = told_of(splits)
+    metrics = progress.metrics(args.method, PACKAGES, head=args.head, broken=broken, survey=told)
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
         head = "" if args.head == "cam" else f" with head {args.head}"
         title = f"CPAL on {Path(args.data).name}: {args.method}{head}, seed {args.seed}"
-        report(title, metrics, progress.found, pictures, args)
+        if command is not None:
+            title = f"Masks of {Path(args.data).resolve().name}"
+        words = command or ("protoseg", "train", "cpal", *argv)
+        report(title, metrics, progress.found, pictures, args, as_line(words))
     return metrics
 
 

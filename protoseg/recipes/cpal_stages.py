@@ -17,7 +17,7 @@ from protoseg.metrics import ConfusionMatrix
 from protoseg.recipes.cpal_heads import Head, colors, reader
 from protoseg.recipes.cpal_options import CPALOptions
 from protoseg.recipes.pictures import Pictures, scaled_image, seeded
-from protoseg.recipes.pseudo_masks import enlarge, named, score_maps
+from protoseg.recipes.pseudo_masks import Scores, enlarge, named, score_maps
 from protoseg.recipes.session import quiet, share
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, Color
 
@@ -100,9 +100,7 @@ class Views:
 
 
 @torch.no_grad()
-def seeds(
-    net: Network, splits: Mapping[str, Pictures], args: CPALOptions, accelerator: Accelerator
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def seeds(net: Network, splits: Mapping[str, Pictures], args: CPALOptions, accelerator: Accelerator) -> Scores:
     """Write each training picture's maps of ``--maps`` and score them at every threshold, in one pass over a split."""
     net.cam.eval()
     views = Views(net.cam, splits["train"], args, accelerator)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from protoseg.utils.files import replacing
+from protoseg.utils.files import UNFINISHED, replacing
 
 
 def to_replace(output: Path, patterns: Sequence[str], *, overwrite: bool) -> list[Path]:
@@ -65,6 +65,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(state, file)
+
+
+def leftovers(output: Path) -> list[Path]:
+    """What a process that was killed had begun to write: files that never took their place."""
+    found = list(output.glob(".*"))
+    for name in ("checkpoint", "seeds", "pseudo_masks", "masks", "model"):
+        found += (output / name).rglob(".*")
+    return [file for file in found if UNFINISHED.fullmatch(file.name) and file.is_file()]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

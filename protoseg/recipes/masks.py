@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     from protoseg.recipes import cpal
 
-    metrics = cpal.main([*flags, *more])
+    metrics = cpal.main([*flags, *more], ["protoseg", "masks", *argv])
     _conclude(args, metrics, argv)
     return metrics
 

@@ -169,7 +169,7 @@ def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
             "maps": {"eval": {"zeroshot": entry}},
             "sweeps": {"eval": {"zeroshot": curve}},
             "groups": groups(model, pictures[1], accelerator),
-            "trivial": trivial(pictures[0], pictures[1]),
+            "trivial": {"eval": trivial(pictures[0], pictures[1])},
         }
         progress.done("score", results)
 
@@ -178,7 +178,6 @@ def run(args: PGSegOptions, accelerator: Accelerator) -> dict[str, Any]:
         f"npr {args.npr}",
         PACKAGES,
         groups=progress.found.get("groups", {}),
-        trivial=progress.found.get("trivial", {}),
         prototypes=history[-1]["prototypes"],
         history=history,
         broken=dict(Broken.read(broken).counts) if broken.exists() else {},

@@ -29,6 +29,7 @@ class Pictures(Dataset[Sample]):
     Attributes:
         classes: Names of the foreground classes.
         broken: What was left out: id and reason.
+        told: What was found when they were looked at, sentences: what was read, and what is wrong.
         channels: Order in which color channels are given out, to make another domain of the pictures.
     """
 
@@ -37,6 +38,7 @@ class Pictures(Dataset[Sample]):
         self.held: dict[int, Sample] = {}
         self.room = keep
         self.broken: dict[str, str] = {}
+        self.told: dict[str, list[str]] = {"facts": [], "faults": []}
         self.channels = [0, 1, 2]
         self.indices = list(range(len(source)))
 
@@ -191,10 +193,18 @@ def checked(
     if found.faults and not args.skip_broken:
         raise SystemExit(f"{found}\n\nmend these, or leave out what cannot be used by --skip-broken")
     say(str(found))
+    for each in opened.values():
+        each.told = {"facts": list(found.facts), "faults": [str(fault) for fault in found.faults]}
     for name, broken in found.broken.items():
         if broken:
             opened[name].leave_out(broken)
     return opened
+
+
+def told_of(splits: Mapping[str, Pictures]) -> dict[str, list[str]]:
+    """What was found when the pictures of a run were looked at, each sentence once."""
+    parts = ("facts", "faults")
+    return {part: list(dict.fromkeys(line for each in splits.values() for line in each.told[part])) for part in parts}
 
 
 class Crops(Dataset[dict[str, Tensor]]):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
-from protoseg.recipes.files import peak_memory_mb, to_replace, versions, write_json
+from protoseg.recipes.files import leftovers, peak_memory_mb, to_replace, versions, write_json
 from protoseg.recipes.options import RunOptions, plain
 from protoseg.recipes.session import duration, start_trackers
 
@@ -71,7 +71,7 @@ class Progress:
         first = min(map(plan.stages.index, args.stages))
         anew = () if args.resume else plan.stages[first:]
         longer: str | None = None
-        known = self.path.exists()
+        known = self.path.exists() and (args.output / "config.json").exists()
         accelerator.wait_for_everyone()
 
         # 1. What an earlier run found counts where its flags are the same.
@@ -102,13 +102,17 @@ class Progress:
         accelerator.wait_for_everyone()
 
         if accelerator.is_main_process:
+            # Killed at any moment, a run can be resumed: no stage counts any more whose files go, and the flags are
+            # the new ones only when nothing of the old ones is left.
+            write_json(self.path, self.found)
             # The pages tell of what there is after each stage, so that the next one may write them anew.
             stale = [args.output / page for page in PAGES] if anew else []
-            for file in (*replaced, *stale, *args.output.glob("checkpoint/.*")) if known else ():
+            for file in (*replaced, *stale) if known else ():
                 file.unlink(missing_ok=True)
-            args.output.mkdir(parents=True, exist_ok=True)
+            for file in leftovers(args.output):
+                if known or file.name.startswith((".progress.json.", ".config.json.")):
+                    file.unlink(missing_ok=True)
             write_json(args.output / "config.json", config)
-            write_json(self.path, self.found)
         accelerator.wait_for_everyone()
         start_trackers(args, accelerator)
 
@@ -159,7 +163,9 @@ class Progress:
             "seconds": round(self.found.get("seconds", 0.0), 1),
             "peak_memory_mb": round(peak_memory_mb(self.accelerator.device), 1),
             "versions": versions(*packages),
+            "counted": self.found.get("counted", {}),
             "maps": self.found.get("maps", {}),
+            "trivial": self.found.get("trivial", {}),
             "pseudo_masks": {"train": self.found.get("pseudo_masks", {})},
             "segmentation": self.found.get("segmentation", {}),
             **more,

@@ -4,25 +4,67 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from protoseg.data import Sample, load_mask, save_mask
 from protoseg.functional import Refiner, load_refiner, otsu_threshold, to_mask, with_background
 from protoseg.metrics import ConfusionMatrix, RegionContrast, ThresholdSweep
 from protoseg.recipes.options import MaskOptions
-from protoseg.recipes.pictures import Pictures
+from protoseg.recipes.pictures import Pictures, seeded
 from protoseg.recipes.session import share
 from protoseg.report import Picture, write_report
 from protoseg.utils.files import replacing
+
+SHOWN = 12  # pictures that the report shows large, and one for each class where there are more of them
+MOST = 24
+EMPTIES = 3  # of them, empty masks
+
+RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)
+
+
+class Scores(NamedTuple):
+    """What :func:`score_maps` found.
+
+    Attributes:
+        maps: Entries of ``metrics.json`` by split and map.
+        sweeps: Curves over the thresholds, likewise.
+        counted: By split: ``pictures``, and of how many of them there are masks to score against.
+    """
+
+    maps: dict[str, Any]
+    sweeps: dict[str, Any]
+    counted: dict[str, dict[str, int]]
+
+
+class Made(NamedTuple):
+    """A picture's mask in numbers.
+
+    Attributes:
+        name: Of the picture.
+        tags: Indices of the classes that it has by its tags, 0..C-1.
+        pixels: ``{index in the mask: share of the mask}``, background included.
+        score: Mean IoU against the true mask; None where there is none.
+    """
+
+    name: str
+    tags: list[int]
+    pixels: dict[int, float]
+    score: float | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether all of it is background."""
+        return set(self.pixels) <= {0}
 
 
 @torch.no_grad()
@@ -32,7 +74,7 @@ def score_maps(
     names: Sequence[str],
     args: MaskOptions,
     accelerator: Accelerator,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Scores:
     """Write each training picture's maps and score those in ``names`` at every threshold, in one pass over a split.
 
     Args:
@@ -41,19 +83,19 @@ def score_maps(
         names: Of the maps to score.
         args: The flags.
         accelerator: The engine.
-
-    Returns:
-        Entries of ``metrics.json``, and curves over the thresholds, by split and map.
     """
     scores: dict[str, Any] = {}
     curves: dict[str, Any] = {}
+    counted: dict[str, dict[str, int]] = {}
     seed_path(args, "").parent.mkdir(parents=True, exist_ok=True)
     for split, pictures in splits.items():
         sweeps = {name: ThresholdSweep(len(pictures.classes)) for name in names}
         contrasts = {name: RegionContrast(len(pictures.classes)) for name in names}
+        masked = torch.zeros(1, dtype=torch.long, device=accelerator.device)
         for index in share(len(pictures), f"{split} maps", accelerator):
             sample = pictures[index]
             maps, features = maps_of(sample)
+            masked += sample.mask is not None
 
             # Of many classes a picture has few, and the maps of the others are 0.
             present = sample.labels.nonzero().flatten()
@@ -65,13 +107,14 @@ def score_maps(
             if split == "train":
                 write_seeds(seed_path(args, sample.id), maps, present)
 
+        counted[split] = {"pictures": len(pictures), "scored": int(accelerator.reduce(masked))}
         scores[split], curves[split] = {}, {}
         for name in names:
             scores[split][name], curves[split][name] = score(sweeps[name].all_reduce(), pictures.classes)
             contrast, _ = contrasts[name].all_reduce().result().best
             scores[split][name]["contrast"] = None if math.isnan(contrast) else contrast
     accelerator.wait_for_everyone()
-    return scores, curves
+    return Scores(scores, curves, counted)
 
 
 def score(sweep: ThresholdSweep, classes: tuple[str, ...]) -> tuple[dict[str, Any], tuple[list[float], list[float]]]:
@@ -135,8 +178,7 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
     """Refine the seeds by the pictures' colors, write the pseudo masks and score them where there are masks."""
     refiner, threshold = load_refiner(args.refine), seed_threshold(found["maps"], args)
     confusion = ConfusionMatrix(len(pictures.classes))
-    by_picture: dict[str, float] = {}
-    empty = torch.zeros(1, dtype=torch.long, device=accelerator.device)
+    made: list[Made] = []
     mask_path(args, "").parent.mkdir(parents=True, exist_ok=True)
 
     for index in share(len(pictures), "refine", accelerator):
@@ -147,17 +189,74 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
         path = mask_path(args, sample.id)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_mask(path, whole)
-        empty += not mask.any()
+
+        score = None
         if sample.mask is not None:
             confusion.update(mask, sample.mask)
             single = ConfusionMatrix(len(pictures.classes))
             single.update(mask, sample.mask)
-            if not math.isnan(miou := single.result().miou):
-                by_picture[sample.id] = miou
-    by_picture = dict(sorted(pair for part in gather_object([by_picture]) for pair in part.items()))
+            score = single.result().miou
+        made.append(measured(sample, mask, score))
+
+    every = sorted(entry for part in gather_object([made]) for entry in part)
     scored = named(confusion.all_reduce(), pictures.classes)
-    counted = int(accelerator.reduce(empty))
-    return {**scored, "threshold": threshold, "map": args.seed_map, "empty": counted, "pictures": by_picture}
+    return {**scored, "threshold": threshold, "map": args.seed_map, **summary(every, pictures.classes)}
+
+
+def measured(sample: Sample, mask: Tensor, score: float | None) -> Made:
+    """A picture's mask in numbers."""
+    values, counts = mask.unique(return_counts=True)
+    shares = (counts / mask.numel()).tolist()
+    tags = sample.labels.nonzero().flatten().tolist()
+    known = None if score is None or math.isnan(score) else score
+    return Made(sample.id, tags, dict(zip(values.tolist(), shares, strict=True)), known)
+
+
+def summary(made: Sequence[Made], classes: Sequence[str]) -> dict[str, Any]:
+    """What ``metrics.json`` says of all masks, and which the report shows.
+
+    Args:
+        made: All masks, by name.
+        classes: Names of the classes.
+    """
+    empties = [entry for entry in made if entry.empty]
+    by_class = {}
+    for place, name in enumerate(classes):
+        shares = [share for entry in made if (share := entry.pixels.get(place + 1))]
+        tagged = sum(place in entry.tags for entry in made)
+        mean = sum(shares) / len(shares) if shares else None
+        by_class[name] = {"tagged": tagged, "found": len(shares), "share": mean}
+
+    return {
+        "count": len(made),
+        "empty": len(empties),
+        "untagged": sum(not entry.tags for entry in made),
+        "empties": [entry.name for entry in empties if entry.tags][:20],
+        "foreground": sum(1 - entry.pixels.get(0, 0.0) for entry in made) / len(made),
+        "classes": by_class,
+        "shown": over_classes(made, len(classes)),
+        "pictures": {entry.name: entry.score for entry in made if entry.score is not None},
+    }
+
+
+def over_classes(made: Sequence[Made], num_classes: int) -> list[str]:
+    """Names of pictures to look at: one after another of each class in turn, and a few whose masks are empty."""
+    drawn = list(made)
+    # Neighbors by name are often alike.
+    random.Random(0).shuffle(drawn)
+    count = min(MOST, max(SHOWN, num_classes))
+
+    shown: list[str] = []
+    waiting = {place: [entry for entry in drawn if place + 1 in entry.pixels] for place in range(num_classes)}
+    while any(waiting.values()) and len(shown) < count:
+        for entries in waiting.values():
+            while entries and entries[0].name in shown:
+                entries.pop(0)
+            if entries and len(shown) < count:
+                shown.append(entries.pop(0).name)
+
+    lost = [entry.name for entry in drawn if entry.empty and entry.tags]
+    return [*shown, *lost[:EMPTIES]]
 
 
 def mask_of(maps: Tensor, sample: Sample, refiner: Refiner | None, threshold: float, device: torch.device) -> Tensor:
@@ -209,9 +308,14 @@ def true_mask(sample: Sample) -> Tensor:
 
 
 def report(
-    title: str, metrics: Mapping[str, Any], found: Mapping[str, Any], pictures: Pictures, args: MaskOptions
+    title: str,
+    metrics: Mapping[str, Any],
+    found: Mapping[str, Any],
+    pictures: Pictures,
+    args: MaskOptions,
+    command: str | None = None,
 ) -> None:
-    """Write ``report.html``."""
+    """Write ``report.html``; ``command`` is the line that made the run."""
     history: dict[str, list[tuple[float, float]]] = {}
     for stage in found["stages"].values():
         for epoch, losses in enumerate(stage["history"]):
@@ -225,28 +329,47 @@ def report(
         sweeps=found.get("sweeps", {}),
         pictures=list(_shown(found, pictures, args)),
         classes=pictures.classes,
-        config=json.loads((args.output / "config.json").read_text(encoding="utf-8")),
+        config={"command": command, **json.loads((args.output / "config.json").read_text(encoding="utf-8"))},
     )
 
 
 def _shown(found: Mapping[str, Any], pictures: Pictures, args: MaskOptions) -> Iterator[Picture]:
-    """The best and the worst pictures by their pseudo masks, or the first ones, with every map."""
+    """Pictures over all classes with their masks, and the best and the worst ones, or the first, with every map."""
     if "seeds" not in found["stages"]:
         return
-    scores = found.get("pseudo_masks", {}).get("pictures", {})
-    ranked = sorted(scores, key=scores.__getitem__) or pictures.ids[:6]
-    wanted = {*ranked[:6], *ranked[-6:]}
-    for index, name in enumerate(pictures.ids):
-        if name not in wanted:
-            continue
-        sample = pictures[index]
-        stored = read_seeds(args, name)
-        blank = torch.zeros(sample.image.shape[-2:])  # of a picture without a class
-        panels = {key: enlarge(each, sample.image).amax(0) if len(each) else blank for key, each in stored.items()}
-        if "refine" in found["stages"]:
-            panels["pseudo mask"] = pseudo_mask(sample, args)
+    masks = found.get("pseudo_masks", {})
+    scores = masks.get("pictures", {})
+    ranked = sorted(scores, key=scores.__getitem__) or masks.get("shown", pictures.ids)[:6]
+    with_maps = {*ranked[:6], *ranked[-6:]}
+    large = masks.get("shown", [])
+    index_of = {name: index for index, name in enumerate(pictures.ids)}
+
+    # Those that are shown large come in their order.
+    for name in dict.fromkeys([*large, *ranked[:6], *ranked[-6:]]):
+        sample = pictures[index_of[name]]
+        mask = pseudo_mask(sample, args) if "refine" in found["stages"] else None
         tags = [tag for tag, present in zip(pictures.classes, sample.labels.tolist(), strict=True) if present]
-        yield Picture(name, sample.image, sample.mask, panels, scores.get(name), tags)
+        panels = _panels(name, sample, args) if name in with_maps else {}
+        yield Picture(name, sample.image, sample.mask, panels, scores.get(name), tags, mask, large=name in large)
+
+
+def _panels(name: str, sample: Sample, args: MaskOptions) -> dict[str, Tensor]:
+    """A picture's maps, each the highest of its classes."""
+    stored = read_seeds(args, name)
+    blank = torch.zeros(sample.image.shape[-2:])  # of a picture without a class
+    return {key: enlarge(each, sample.image).amax(0) if len(each) else blank for key, each in stored.items()}
+
+
+def baselines(
+    splits: Mapping[str, Pictures], counted: Mapping[str, Mapping[str, int]], accelerator: Accelerator
+) -> dict[str, Any]:
+    """By split, where there are true masks: the scores of :func:`trivial`. One process looks, once."""
+    found: list[dict[str, Any]] = [{}]
+    if accelerator.is_main_process:
+        scored = {split: pictures for split, pictures in splits.items() if counted[split]["scored"]}
+        tune = scored.get("train")
+        found = [{split: trivial(tune or pictures, pictures) for split, pictures in scored.items()}]
+    return dict(broadcast_object_list(found)[0])
 
 
 def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float]:
@@ -256,33 +379,47 @@ def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float
     ``tag`` gives every pixel a true tag of the picture; ``disc`` puts that into a centered disc, in pictures that are
     not square an ellipse, of the radius that is best on the tuning pictures.
     """
-    classes, generator = len(test.classes), torch.Generator().manual_seed(0)
-
-    def score(pictures: Pictures, kind: str, radius: float = 0.0) -> float:
-        confusion = ConfusionMatrix(classes)
-        for sample in pictures:
-            if sample.mask is None:
-                continue
-            height, width = sample.mask.shape
-            y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-            mask = torch.zeros_like(sample.mask)
-            if kind == "regions":
-                centers = 2 * torch.rand(2, regions, 1, 1, generator=generator) - 1
-                owner = ((y - centers[0]).square() + (x - centers[1]).square()).argmin(0)
-                mask = torch.randint(classes + 1, (regions,), generator=generator)[owner].to(mask.dtype)
-            elif kind == "disc" and sample.labels.any():
-                tags = sample.labels.nonzero().flatten()
-                tag = tags[torch.randint(len(tags), (1,), generator=generator)] + 1
-                mask = torch.where(y.square() + x.square() < radius**2, tag.to(mask.dtype), mask)
-            confusion.update(mask, sample.mask)
-        return confusion.result().miou
-
-    tuned = {radius: score(tune, "disc", radius) for radius in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)}
-    radius = max(tuned, key=lambda key: tuned[key])
+    tested = _blind(test, regions)
+    tuned = tested if tune is test else _blind(tune, regions)
+    radius = max(RADII, key=lambda each: tuned[f"disc {each}"])
     return {
-        "background": score(test, "background"),
-        "regions": score(test, "regions"),
-        "tag": score(test, "disc", 2.0),
-        "disc": score(test, "disc", radius),
+        "background": tested["background"],
+        "regions": tested["regions"],
+        "tag": tested["tag"],
+        "disc": tested[f"disc {radius}"],
         "disc radius": radius,
     }
+
+
+def _blind(pictures: Pictures, regions: int) -> dict[str, float]:
+    """Scores of the masks of :func:`trivial`, of discs of every radius, in one pass over the pictures."""
+    classes = len(pictures.classes)
+    kinds = ("background", "regions", "tag", *(f"disc {radius}" for radius in RADII))
+    confusions = {kind: ConfusionMatrix(classes) for kind in kinds}
+
+    for index, sample in enumerate(pictures):
+        if sample.mask is None:
+            continue
+        generator = seeded(index)
+        height, width = sample.mask.shape
+        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        distance = y.square() + x.square()
+        nothing = torch.zeros_like(sample.mask)
+
+        # A random class for each part, and one of the picture's own.
+        centers = 2 * torch.rand(2, regions, 1, 1, generator=generator) - 1
+        owner = ((y - centers[0]).square() + (x - centers[1]).square()).argmin(0)
+        parts = torch.randint(classes + 1, (regions,), generator=generator)[owner].to(nothing.dtype)
+        tags = sample.labels.nonzero().flatten()
+        tag = 0
+        if len(tags):
+            tag = int(tags[torch.randint(len(tags), (1,), generator=generator)]) + 1
+
+        confusions["background"].update(nothing, sample.mask)
+        confusions["regions"].update(parts, sample.mask)
+        confusions["tag"].update(torch.full_like(nothing, tag), sample.mask)
+        for radius in RADII:
+            disc = nothing.masked_fill(distance < radius**2, tag)
+            confusions[f"disc {radius}"].update(disc, sample.mask)
+
+    return {kind: confusion.result().miou for kind, confusion in confusions.items()}

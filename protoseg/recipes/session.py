@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from protoseg.recipes.options import RunOptions, plain
 from protoseg.utils.checks import near_names
 
-__all__ = ["duration", "launch", "quiet", "share", "start_engine", "start_trackers", "stoppable"]
+__all__ = ["as_line", "duration", "launch", "quiet", "share", "start_engine", "start_trackers", "stoppable"]
 
 
 def launch(options: RunOptions) -> Accelerator:
@@ -95,3 +96,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def as_line(words: Sequence[str]) -> str:
+    """A command as a line to copy, without what belongs to one run alone: a copy shall never delete a run.
+
+    Example:
+        >>> as_line(["protoseg", "masks", "my pictures", "--overwrite"])
+        "protoseg masks 'my pictures'"
+    """
+    return shlex.join(word for word in words if word not in ("--overwrite", "--resume"))

@@ -17,6 +17,7 @@ with captions, and kept in ``--cache``.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,10 +32,10 @@ from protoseg.functional import load_refiner
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
 from protoseg.recipes.options import check_counts, check_threshold
-from protoseg.recipes.pictures import Crops, Pictures, open_pictures
+from protoseg.recipes.pictures import Crops, Pictures, open_pictures, told_of
 from protoseg.recipes.progress import Plan, Progress, conclude
-from protoseg.recipes.pseudo_masks import pseudo_mask, refine, report, score_maps, trivial
-from protoseg.recipes.session import launch, stoppable
+from protoseg.recipes.pseudo_masks import baselines, pseudo_mask, refine, report, score_maps
+from protoseg.recipes.session import as_line, launch, stoppable
 from protoseg.recipes.vpl_options import VPLOptions, parse
 from protoseg.recipes.vpl_stages import (
     MAPS,
@@ -69,7 +70,7 @@ PLAN = Plan(
     },
     results={
         "prototypes": ("prototypes",),
-        "seeds": ("maps", "sweeps", "trivial"),
+        "seeds": ("maps", "sweeps", "counted", "trivial"),
         "refine": ("pseudo_masks",),
         "segment": ("segmentation",),
     },
@@ -121,16 +122,17 @@ def segment(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages and write ``metrics.json``, ``report.html`` and the masks; returns the metrics."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv, __doc__)
     check(args)
     accelerator = launch(args)
     with stoppable(args):
-        metrics = run(args, accelerator)
+        metrics = run(args, argv, accelerator)
     conclude(metrics, args.output, accelerator)
     return metrics
 
 
-def run(args: VPLOptions, accelerator: Accelerator) -> dict[str, Any]:
+def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict[str, Any]:
     """Run the stages for flags that have been read."""
     began = time.monotonic()
     splits = {
@@ -165,8 +167,9 @@ def run(args: VPLOptions, accelerator: Accelerator) -> dict[str, Any]:
     prototypes = Prototypes(**{key: each.to(accelerator.device) for key, each in load_checkpoint(path).items()})
     if progress.wants("seeds"):
         maps_of = partial(picture_maps, clip, prototypes, args=args)
-        maps, sweeps = score_maps(splits, maps_of, MAPS, args, accelerator)
-        progress.done("seeds", {"maps": maps, "sweeps": sweeps, "trivial": trivial(splits["train"], splits["eval"])})
+        scores = score_maps(splits, maps_of, MAPS, args, accelerator)
+        plain_scores = baselines(splits, scores.counted, accelerator)
+        progress.done("seeds", {**scores._asdict(), "trivial": plain_scores})
     if progress.wants("refine"):
         progress.done("refine", {"pseudo_masks": refine(splits["train"], progress.found, args, accelerator)})
     if progress.wants("segment"):
@@ -176,13 +179,14 @@ def run(args: VPLOptions, accelerator: Accelerator) -> dict[str, Any]:
         method,
         PACKAGES,
         prototypes=progress.found.get("prototypes", {}),
-        trivial=progress.found.get("trivial", {}),
         broken={split: each.broken for split, each in splits.items()},
+        survey=told_of(splits),
     )
     if accelerator.is_main_process:
         write_json(args.output / "metrics.json", metrics)
         title = f"VPL on {Path(args.data).name}: {method}, seed {args.seed}"
-        report(title, metrics, progress.found, splits["train"], args)
+        line = as_line(("protoseg", "train", "vpl", *argv))
+        report(title, metrics, progress.found, splits["train"], args, line)
     return metrics
 
 

@@ -40,7 +40,7 @@ def texts(clip: FrozenCLIP, classes: Sequence[str], args: VPLOptions) -> tuple[T
     if args.prompts == "single":
         templates = templates[:1]
     synonyms = args.other_names()
-    names = [[readable(name), *synonyms.get(name, ())] for name in classes]
+    names = [[readable(each) for each in (name, *synonyms.get(name, ()))] for name in classes]
     background, _ = background_names(names, args.background_names or BACKGROUND)
     text = clip.text_prototypes(names, templates)
     return text, clip.text_prototypes(background, templates) if args.background and background else text[:0]

@@ -86,8 +86,12 @@ def duration(value: object) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def data_uri(image: Tensor) -> str:
-    """``[3, H, W]`` uint8 as the address of a JPEG that the address itself holds, at most 400 pixels long.
+def data_uri(image: Tensor, longest: int = LONGEST_SIDE) -> str:
+    """``[3, H, W]`` uint8 as the address of a JPEG that the address itself holds.
+
+    Args:
+        image: The picture.
+        longest: Pixels of its longer side; one with more is made smaller.
 
     Raises:
         ImportError: PIL is not installed.
@@ -96,7 +100,7 @@ def data_uri(image: Tensor) -> str:
 
     pixels = rearrange(image.detach().cpu(), "c h w -> h w c").contiguous()
     picture = pil.fromarray(pixels.numpy())
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), pil.Resampling.LANCZOS)
+    picture.thumbnail((longest, longest), pil.Resampling.LANCZOS)
 
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=88, subsampling=0)

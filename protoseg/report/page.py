@@ -10,12 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from protoseg.report.formats import change, data_uri, duration, fixed, number, percent
-from protoseg.report.overlays import HEAT, overlay, palette
+from protoseg.report.formats import DASH, LONGEST_SIDE, change, data_uri, duration, fixed, number, percent
+from protoseg.report.gallery import Picture, large_pictures, left_out, overview
+from protoseg.report.outlines import bright, outlined
+from protoseg.report.overlays import HEAT, overlay
 from protoseg.report.plots import Line, Mark, finite, plot, smooth
 from protoseg.utils.extras import require
 from protoseg.utils.files import replacing
@@ -38,6 +40,13 @@ _NAMES = {
     "train": "training",
     "eval": "evaluation",
 }
+# Masks that know nothing of the picture, which a network has to beat.
+_TRIVIAL = {
+    "background": "Background everywhere",
+    "regions": "Random parts of random classes",
+    "tag": "A true tag everywhere",
+    "disc": "A true tag in a centered disc",
+}
 _COLORS = {
     "cam": "#8a94a3",
     "instance": "#e08a00",
@@ -50,26 +59,6 @@ _COLORS = {
 }
 _MORE_COLORS = ("#8b5cf6", "#c2410c", "#0e7490", "#be185d", "#4d7c0f")
 _CURVE_COLOR = "#0b6bcb"
-
-
-class Picture(NamedTuple):
-    """A picture for the report.
-
-    Attributes:
-        id: Its name.
-        image: ``[3, H, W]`` uint8.
-        truth: ``[H, W]`` integer mask (0 = background, 1..C, 255 = void), or None when there is none.
-        panels: What to show beside it, by column heading: ``[H, W]`` floating point maps 0..1, integer masks.
-        score: What pictures are ranked by, such as the picture's IoU, 0..1; None if unknown.
-        tags: Names of the classes in the picture.
-    """
-
-    id: str
-    image: Tensor
-    truth: Tensor | None
-    panels: Mapping[str, Tensor]
-    score: float | None = None
-    tags: Sequence[str] = ()
 
 
 def write_report(
@@ -85,8 +74,10 @@ def write_report(
 ) -> None:
     """Write one HTML file that needs no other: no script, no network, pictures and plots inside.
 
-    A part that is missing is left out of the page, and so is the section that would show it; a number that is
-    missing or NaN is a dash. All text is escaped. The file appears in one step: no reader sees half of it.
+    Pictures with masks come first, large, with bright outlines and the classes' names; then what the masks are in
+    numbers and what was left out; scores, curves and maps follow. A part that is missing is left out of the page, and
+    so is the section that would show it; a number that is missing or NaN is a dash. All text is escaped. The file
+    appears in one step: no reader sees half of it.
 
     Args:
         path: The file, conventionally ``report.html``; missing folders are made.
@@ -95,10 +86,15 @@ def write_report(
             ``versions`` (name -> version), ``maps`` (split -> map -> ``miou``, ``threshold``, ``per_class``,
             ``miou_mask_free``, ``threshold_mask_free``, ``contrast``), and ``pseudo_masks`` and ``segmentation``
             (split -> ``miou`` and, if known, ``per_class``). ``per_class`` is class name -> IoU or None. All are 0..1.
+            Of ``pseudo_masks`` also ``count``, ``empty``, ``untagged``, ``empties`` (names), ``foreground`` (a share)
+            and ``classes`` (name -> ``tagged``, ``found``, ``share``). ``counted`` (split -> ``pictures``, ``scored``)
+            says of how many pictures scores are, ``trivial`` (split -> name -> mIoU) what they have to beat,
+            ``broken`` (split -> name -> reason) and ``survey`` (``facts`` and ``faults``, sentences) what was read and
+            left out.
         history: Curves by name, such as loss terms and learning rate: sequences of (epoch, value).
         sweeps: Split -> map -> (thresholds ``[T]``, mIoU ``[T]``), tensors or sequences, 0..1.
-        pictures: Pictures to choose from. The six best and six worst by score are shown, none twice, and
-            up to six without a score.
+        pictures: Pictures to choose from. Those that are large are all shown so, in their order. The maps of the six
+            best and six worst by score are shown, none twice, and of up to six without a score.
         classes: Names of the C foreground classes in the order of the mask values 1..C, for the legend.
         config: The run's settings by name; ``command``, if there, is shown as the line that repeats the run.
 
@@ -121,12 +117,15 @@ def write_report(
     page = template.render(
         title=title,
         subtitle=_subtitle(metrics),
+        gallery=large_pictures(pictures, classes),
+        masks=overview(metrics),
+        left_out=left_out(metrics),
         cards=_cards(metrics),
         results=_results(metrics),
         training=_training(history or {}),
         thresholds=_thresholds(sweeps or {}, metrics),
         classes=_classes(metrics),
-        pictures=_pictures(pictures, classes),
+        maps=_pictures(pictures, classes),
         run=_run(metrics, config or {}),
     )
 
@@ -168,11 +167,12 @@ def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         scores = {key: number(value.get("miou")) for key, value in maps.items()}
         known = {key: score for key, score in scores.items() if score is not None}
         if known:
-            cards.append(_best_map(split, known))
+            cards.append(_best_map(split, known, metrics))
 
     for stage, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation")):
         for split, values in _part(metrics, stage).items():
-            cards.append(_card(heading, percent(values.get("miou")), f"mIoU, {_name(split)}"))
+            if number(values.get("miou")) is not None:
+                cards.append(_score_card(heading, values["miou"], split, metrics))
 
     if number(metrics.get("seconds")) is not None:
         memory = _memory(metrics)
@@ -183,12 +183,22 @@ def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _card(heading: str, value: str, note: str) -> dict[str, Any]:
-    return {"heading": heading, "value": value, "note": note, "gain": None}
+    return {"heading": heading, "value": value, "note": note, "gain": None, "trivial": None}
 
 
-def _best_map(split: str, scores: Mapping[str, float]) -> dict[str, Any]:
+def _score_card(heading: str, miou: object, split: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A score, of what, and the best score that takes no look at the pictures."""
+    card = _card(heading, percent(miou), f"mIoU, {_split(split, metrics)}")
+    plain = _trivial(metrics).get(split, {})
+    if plain:
+        best = max(plain, key=plain.__getitem__)
+        card["trivial"] = f"{_TRIVIAL[best].lower()}: {percent(plain[best])}"
+    return card
+
+
+def _best_map(split: str, scores: Mapping[str, float], metrics: Mapping[str, Any]) -> dict[str, Any]:
     best = max(scores, key=scores.__getitem__)
-    card = _card(_name(best), percent(scores[best]), f"mIoU, {_name(split)}")
+    card = _score_card(_name(best), scores[best], split, metrics)
 
     plain = _plain(scores)
     if plain in scores and plain != best:
@@ -202,16 +212,51 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     splits = _maps(metrics)
     plain = _plain({key for maps in splits.values() for key in maps})
 
-    groups = []
+    # Of the groups of rows, those of one split follow each other, and end with what its scores have to beat.
+    groups: dict[str, list[dict[str, Any]]] = {}
     for split, maps in splits.items():
-        groups.append((_name(split), _map_rows(maps, plain)))
+        groups[split] = _map_rows(maps, plain)
 
     for stage, heading in (("pseudo_masks", "Pseudo masks"), ("segmentation", "Segmentation network")):
         for split, values in _part(metrics, stage).items():
-            row = {"label": {"name": heading, "color": ""}, **_scores({"miou": values.get("miou")})}
-            groups.append((_name(split), [row]))
+            if "miou" in values:
+                groups.setdefault(split, []).append(_one_row(heading, values["miou"]))
 
-    return {"plain": _name(plain), "groups": groups} if any(rows for _, rows in groups) else {}
+    for split, scores in _trivial(metrics).items():
+        rows = [_one_row(_TRIVIAL[key], miou) for key, miou in scores.items()]
+        groups.setdefault(split, []).extend({**row, "trivial": True} for row in rows)
+
+    if not any(groups.values()):
+        return {}
+
+    scored = any(row["miou"] != DASH for rows in groups.values() for row in rows)
+    named = [(_split(split, metrics), rows) for split, rows in groups.items()]
+    return {"plain": _name(plain), "groups": named, "scored": scored}
+
+
+def _one_row(heading: str, miou: object) -> dict[str, Any]:
+    return {"label": {"name": heading, "color": ""}, **_scores({"miou": miou})}
+
+
+def _trivial(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By split the scores of masks that know nothing of the picture, without those that are missing."""
+    splits = {}
+    for split, scores in _part(metrics, "trivial").items():
+        known = {key: score for key in _TRIVIAL if (score := number(scores.get(key))) is not None}
+        if known:
+            splits[split] = known
+    return splits
+
+
+def _split(split: str, metrics: Mapping[str, Any]) -> str:
+    """A split's name, and of how many of its pictures scores are."""
+    counted = _part(metrics, "counted").get(split)
+    if not counted:
+        return _name(split)
+
+    scored, pictures = counted["scored"], counted["pictures"]
+    of = f"{pictures} pictures" if scored == pictures else f"{scored} of {pictures} pictures"
+    return f"{_name(split)}, {of}"
 
 
 def _map_rows(maps: Mapping[str, Any], plain: str) -> list[dict[str, Any]]:
@@ -238,6 +283,7 @@ def _scores(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "miou": percent(miou),
         "best": False,
+        "trivial": False,
         "gain": change(None, None),
         "threshold": fixed(value.get("threshold")),
         "miou_mask_free": percent(mask_free),
@@ -253,7 +299,7 @@ def _training(history: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str,
     for name, curve in history.items():
         points = finite(curve)
         points = points[:: 1 + len(points) // _MOST_POINTS]
-        if not points:
+        if len(points) < 2:  # one epoch is no curve
             continue
 
         lines = [Line(points, _CURVE_COLOR)]
@@ -349,14 +395,12 @@ def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, 
     if not shown:
         return {}
 
-    columns = list(dict.fromkeys(name for picture in shown for name in picture.panels))
-    if any(picture.truth is not None for picture in shown):
-        columns.insert(0, "truth")
+    columns = list(dict.fromkeys(name for picture in shown for name in _layers(picture)))
 
     tables = []
     for heading, group in groups.items():
         rows = [_row(picture, columns) for picture in group]
-        tables.append({"heading": heading, "rows": rows})
+        tables.append({"heading": heading, "rows": rows, "scored": number(group[0].score) is not None})
 
     layers = [layer for picture in shown for layer in _layers(picture).values()]
     return {
@@ -369,7 +413,7 @@ def _pictures(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, 
 
 def _ranked(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
     """The best, the worst and those without a score; no picture is in two groups."""
-    scores = [(number(picture.score), picture) for picture in pictures]
+    scores = [(number(picture.score), picture) for picture in pictures if picture.panels]
     unscored = [picture for score, picture in scores if score is None]
 
     scored = [(score, picture) for score, picture in scores if score is not None]
@@ -381,7 +425,7 @@ def _ranked(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
     return {
         "Best": ranked[:best],
         "Worst": ranked[::-1][:worst],
-        "Without a score": unscored[:_SHOWN],
+        "Not scored": unscored[:_SHOWN],
     }
 
 
@@ -392,19 +436,26 @@ def _row(picture: Picture, columns: Sequence[str]) -> dict[str, Any]:
     for column in columns:
         uri = ""
         if column in layers:
-            uri = data_uri(overlay(picture.image, layers[column]))
+            uri = data_uri(_drawn(picture.image, layers[column]))
 
         cells.append({"alt": f"{picture.id}: {column}", "uri": uri})
 
     return {"id": picture.id, "score": percent(picture.score), "tags": picture.tags, "cells": cells}
 
 
-def _layers(picture: Picture) -> dict[str, Tensor]:
-    """Its truth, if there is one, and its panels."""
-    if picture.truth is None:
-        return dict(picture.panels)
+def _drawn(image: Tensor, layer: Tensor) -> Tensor:
+    """A heat map over the gray picture, a mask as outlines."""
+    if layer.is_floating_point():
+        return overlay(image, layer)
 
-    return {"truth": picture.truth, **picture.panels}
+    return outlined(image, layer, shortest=LONGEST_SIDE, longest=LONGEST_SIDE).image
+
+
+def _layers(picture: Picture) -> dict[str, Tensor]:
+    """Its truth and its mask, where there are such, and its panels between them."""
+    layers = {} if picture.truth is None else {"truth": picture.truth}
+    layers |= picture.panels
+    return layers if picture.mask is None else {**layers, "mask": picture.mask}
 
 
 def _heat_colors(layers: Sequence[Tensor]) -> str:
@@ -422,8 +473,7 @@ def _mask_legend(layers: Sequence[Tensor], classes: Sequence[str]) -> list[dict[
         if not layer.is_floating_point():
             values.update(layer.long().flatten().tolist())
 
-    colors = [f"rgb{tuple(color)}" for color in palette().tolist()]
-    return [{"name": _class_name(value, classes), "color": colors[value]} for value in sorted(values - {0})]
+    return [{"name": _class_name(value, classes), "color": f"rgb{bright(value)}"} for value in sorted(values - {0})]
 
 
 def _class_name(value: int, classes: Sequence[str]) -> str:
@@ -452,7 +502,8 @@ def _run(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any
     if command is not None:
         command = _text(command)
 
-    run = {"command": command, "facts": _entries(facts), "settings": _entries(settings)}
+    read = list((metrics.get("survey") or {}).get("facts") or ())
+    run = {"command": command, "read": read, "facts": _entries(facts), "settings": _entries(settings)}
     return run if any(run.values()) else {}
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_sha256", "replacing"]
+__all__ = ["UNFINISHED", "check_sha256", "replacing"]
+
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
+"""Names of the files that :func:`replacing` gives; only a process that was killed leaves such a file behind."""
 
 
 @contextlib.contextmanager
