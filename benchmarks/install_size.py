@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import distribution, version
 from pathlib import Path
+from typing import Any
 
 from _measure import table
 from packaging.requirements import Requirement
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes[extra] = megabytes(set(brought("protoseg", [extra])) - core)
 
     packages = ("protoseg", "torch", "timm", "transformers")
-    found = {
+    found: dict[str, Any] = {
         "command": COMMAND,
         "environment": {
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

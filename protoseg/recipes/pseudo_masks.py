@@ -205,7 +205,7 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
 def measured(sample: Sample, mask: Tensor, score: float | None) -> Made:
     """A picture's mask in numbers."""
-    values, counts = mask.unique(return_counts=True)
+    values, counts = torch.unique(mask, return_counts=True)
     shares = (counts / mask.numel()).tolist()
     tags = sample.labels.nonzero().flatten().tolist()
     known = None if score is None or math.isnan(score) else score

@@ -111,7 +111,7 @@ def outlined(image: Tensor, mask: Tensor, *, shortest: int = 640, longest: int =
     reach = max(1, round(max(indices.shape) / 170))
 
     # Small classes last, so that no outline of a large one covers them.
-    sizes = {value: int((indices == value).sum()) for value in indices.unique().tolist() if value != 0}
+    sizes = {value: int((indices == value).sum()) for value in torch.unique(indices).tolist() if value != 0}
     order = sorted(sizes, key=lambda value: -sizes[value])
     centers = {}
     for value in order:
