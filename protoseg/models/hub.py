@@ -174,7 +174,8 @@ class PrototypeModel(
     @classmethod
     def _from_pretrained(cls, **options: Any) -> PrototypeModel:
         # A tensor that is missing would keep its random beginning.
-        return super()._from_pretrained(**{**options, "strict": True})
+        model: PrototypeModel = super()._from_pretrained(**{**options, "strict": True})
+        return model
 
     @classmethod
     def _load_as_pickle(cls, *args: Any, **options: Any) -> NoReturn:

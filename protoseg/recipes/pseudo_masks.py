@@ -205,11 +205,11 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
 def measured(sample: Sample, mask: Tensor, score: float | None) -> Made:
     """A picture's mask in numbers."""
-    values, counts = mask.unique(return_counts=True)
-    shares = (counts / mask.numel()).tolist()
+    counts = mask.flatten().long().bincount().tolist()
+    shares = {value: count / mask.numel() for value, count in enumerate(counts) if count}
     tags = sample.labels.nonzero().flatten().tolist()
     known = None if score is None or math.isnan(score) else score
-    return Made(sample.id, tags, dict(zip(values.tolist(), shares, strict=True)), known)
+    return Made(sample.id, tags, shares, known)
 
 
 def summary(made: Sequence[Made], classes: Sequence[str]) -> dict[str, Any]:
