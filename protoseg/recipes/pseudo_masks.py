@@ -205,11 +205,16 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
 def measured(sample: Sample, mask: Tensor, score: float | None) -> Made:
     """A picture's mask in numbers."""
+<<<<<<< HEAD
     values, counts = torch.unique(mask, return_counts=True)
     shares = (counts / mask.numel()).tolist()
+=======
+    counts = mask.flatten().long().bincount().tolist()
+    shares = {value: count / mask.numel() for value, count in enumerate(counts) if count}
+>>>>>>> h-report
     tags = sample.labels.nonzero().flatten().tolist()
     known = None if score is None or math.isnan(score) else score
-    return Made(sample.id, tags, dict(zip(values.tolist(), shares, strict=True)), known)
+    return Made(sample.id, tags, shares, known)
 
 
 def summary(made: Sequence[Made], classes: Sequence[str]) -> dict[str, Any]:

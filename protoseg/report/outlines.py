@@ -111,7 +111,8 @@ def outlined(image: Tensor, mask: Tensor, *, shortest: int = 640, longest: int =
     reach = max(1, round(max(indices.shape) / 170))
 
     # Small classes last, so that no outline of a large one covers them.
-    sizes = {value: int((indices == value).sum()) for value in torch.unique(indices).tolist() if value != 0}
+    counts = indices.flatten().long().bincount(minlength=1).tolist()
+    sizes = {value: count for value, count in enumerate(counts) if value != 0 and count}
     order = sorted(sizes, key=lambda value: -sizes[value])
     centers = {}
     for value in order:

@@ -299,7 +299,7 @@ def _training(history: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str,
     for name, curve in history.items():
         points = finite(curve)
         points = points[:: 1 + len(points) // _MOST_POINTS]
-        if len(points) < 2:  # one epoch is no curve
+        if not points:
             continue
 
         lines = [Line(points, _CURVE_COLOR)]
@@ -307,7 +307,10 @@ def _training(history: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str,
             lines = [Line(points, _CURVE_COLOR, pale=True), Line(smooth(points), _CURVE_COLOR)]
             smoothed = True
 
-        svg = plot(lines, (), label=name, x_label="epoch", size=(3.2, 2.1))
+        # One epoch is no curve, but a point.
+        marks = [Mark(*points[0], _CURVE_COLOR, filled=True)] if len(points) == 1 else []
+
+        svg = plot(lines, marks, label=name, x_label="epoch", size=(3.2, 2.1))
         figures.append({"caption": _name(name), "svg": svg})
 
     return {"figures": figures, "smoothed": smoothed} if figures else {}
