@@ -205,13 +205,8 @@ def refine(pictures: Pictures, found: Mapping[str, Any], args: MaskOptions, acce
 
 def measured(sample: Sample, mask: Tensor, score: float | None) -> Made:
     """A picture's mask in numbers."""
-<<<<<<< HEAD
-    values, counts = torch.unique(mask, return_counts=True)
-    shares = (counts / mask.numel()).tolist()
-=======
     counts = mask.flatten().long().bincount().tolist()
     shares = {value: count / mask.numel() for value, count in enumerate(counts) if count}
->>>>>>> h-report
     tags = sample.labels.nonzero().flatten().tolist()
     known = None if score is None or math.isnan(score) else score
     return Made(sample.id, tags, shares, known)
