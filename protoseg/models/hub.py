@@ -100,7 +100,7 @@ class PrototypeModel(
 
     Example:
         >>> import tempfile
-        >>> model = PrototypeModel(["cat", "dog"], "small:4", size=64)
+        >>> model = PrototypeModel(["cat", "dog"], "small:4", size=64, map="cam")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = model.save_pretrained(folder)
         ...     again = PrototypeModel.from_pretrained(folder)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from protoseg.utils import checks
@@ -159,6 +158,8 @@ def _shrunk(inside: Tensor, reach: int) -> Tensor:
 
 def _deepest(inside: Tensor) -> tuple[float, float]:
     """The pixel (x, y) that lies furthest from the outline and from the border of the picture."""
+    from scipy import ndimage  # slow to import, and a report alone needs it
+
     framed = np.pad(inside.numpy(), 1)
     depth = ndimage.distance_transform_edt(framed)[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
