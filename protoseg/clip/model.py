@@ -163,7 +163,7 @@ class FrozenCLIP(nn.Module):
         """Make a small open-vocabulary model of what pip installs, without training and without a network.
 
         An ImageNet classifier sees, a sentence encoder reads, and ridge regression from what it reads of ImageNet's
-        classes to the rows of the classifier joins them (:mod:`protoseg.clip.pocket`). It is no rival of CLIP: it has
+        classes to the rows of the classifier joins them (``protoseg.clip.pocket``). It is no rival of CLIP: it has
         seen the 1000 classes of ImageNet, so it knows cats and cups but hardly people.
 
         Args:

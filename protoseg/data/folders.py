@@ -200,7 +200,7 @@ class VOCFolder(TaggedPictures):
     also ``NAME_mask.png`` and the like), ``classes.txt`` (one name per line, ``background`` first; without the file the
     classes are `VOC_CLASSES`, or those of the tags where these are others), and tags from either
 
-    - ``labels.csv`` with the header ``id,labels``, or any table that `protoseg.data.tables.read_tags` understands,
+    - ``labels.csv`` with the header ``id,labels``, or any table that ``protoseg.data.tables.read_tags`` understands,
     - ``Annotations/NAME.xml`` with VOC's ``object/name``; objects marked ``difficult`` count, as they can be
       seen and are in the masks (VOC's own classification score leaves them out), or
     - the masks, only with ``tags="masks"``: weak supervision does not get these for free.

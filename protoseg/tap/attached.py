@@ -253,17 +253,17 @@ class Tap:
         Args:
             loader: Batches of images ``[B, 3, H, W]`` and labels ``[B, C]``, in this order if a batch holds more; read
                 again for every round, so no generator.
-            rounds: See :meth:`protoseg.ContextPrototypeBank.fill`.
+            rounds: See :meth:`protoseg.modules.ContextPrototypeBank.fill`.
             run: Runs the network on images and labels, where ``network(images)`` is not how it is called.
             unpack: Takes images and labels from a batch of another form, such as a dict.
             keep: Bytes of maps that are kept instead of being computed again, if all fit.
 
         Returns:
-            How well CAM and PACAM part the features, as of :meth:`protoseg.ContextPrototypeBank.fill`.
+            How well CAM and PACAM part the features, as of :meth:`protoseg.modules.ContextPrototypeBank.fill`.
 
         Raises:
             RuntimeError: As :meth:`loss`.
-            ValueError: As :meth:`protoseg.ContextPrototypeBank.fill`.
+            ValueError: As :meth:`protoseg.modules.ContextPrototypeBank.fill`.
             TypeError: The loader can be read only once, or a batch does not hold images and labels.
         """
         bank = self._with_bank()
