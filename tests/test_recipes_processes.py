@@ -32,7 +32,7 @@ def train(name, model, crops, loss_of, epochs, args, accelerator, modules, **opt
 
 def seeds(net, splits, args, accelerator):
     found = real["seeds"](net, splits, args, accelerator)
-    torch.save({"bank": net.bank.state_dict(), "found": found}, f"{out}/seeds-{accelerator.process_index}.pt")
+    torch.save({"bank": net.bank.state_dict(), **found._asdict()}, f"{out}/seeds-{accelerator.process_index}.pt")
     return found
 
 cpal.train, cpal.seeds = train, seeds
