@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from protoseg.data import load_mask, voc_palette
 from protoseg.data.annotations import encode_rle
 from protoseg.data.files import read_classes
 from protoseg.data.images import ENDINGS
 from protoseg.data.names import PictureIndex, list_files
+from protoseg.tap import save_maps
 from protoseg.utils.extras import require
 from protoseg.utils.files import replacing
 
@@ -209,23 +209,18 @@ def to_irn(run: Path, folder: Path, names: Sequence[str], output: Path) -> int:
             keys, maps = stored["classes"], torch.from_numpy(stored[seed_map]).float()
         with Image.open(folder / f"{name}.png") as mask:
             width, height = mask.size
-        content = {
-            "keys": keys.astype(np.int64),
-            "cam": _resized(maps, (-(-height // 4), -(-width // 4))),
-            "high_res": _resized(maps, (height, width)),
-        }
+
+        labels = torch.zeros(int(keys.max(initial=0)) + 1)
+        labels[keys] = 1
+        whole = torch.zeros(len(labels), height, width)
+        if len(keys):
+            large = F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)
+            whole[keys] = large[0].clamp(0, 1)
+
         path = output / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as whole, whole.open("wb") as stream:
-            np.save(stream, content, allow_pickle=True)  # type: ignore[arg-type]
+        save_maps(path, whole, labels)
     return len(names)
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
-    if not len(maps):
-        return np.zeros((0, *size), np.float32)
-    resized: NDArray[np.float32] = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].numpy()
-    return resized
 
 
 if __name__ == "__main__":
