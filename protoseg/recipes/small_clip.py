@@ -25,6 +25,7 @@ from protoseg.recipes.engine import learning_rate
 from protoseg.recipes.files import load_checkpoint, save_checkpoint
 from protoseg.recipes.pgseg_data import TagPairs, Views, loader_of
 from protoseg.recipes.pictures import Shuffle
+from protoseg.recipes.session import quiet
 from protoseg.recipes.vpl_options import VPLOptions
 from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
@@ -143,7 +144,7 @@ def train(clip: FrozenCLIP, views: Views, args: VPLOptions, accelerator: Acceler
     optimizer = torch.optim.AdamW(trained, 2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     shuffle, step = Shuffle(len(views), args.seed), 0
     loader = loader_of(views, 64, args.workers, shuffle)
-    bar = tqdm(total=args.clip_steps, desc="small CLIP", leave=False)
+    bar = tqdm(total=args.clip_steps, desc="small CLIP", disable=quiet(accelerator), leave=False)
     while step < args.clip_steps:
         for images, captions in loader:
             for group in optimizer.param_groups:
