@@ -147,7 +147,9 @@ def test_prompts_hold_names_as_people_write_them(tmp_path: Path) -> None:
     )
     classes = ["traffic_light", "pottedplant", "diningtable", "tvmonitor", "cat"]
     clip = Asked()
-    vpl_stages.texts(clip, classes, args)  # type: ignore[arg-type]
+    told: list[str] = []
+    vpl_stages.texts(clip, classes, args, say=told.append)  # type: ignore[arg-type]
+    assert told == ["background prompts left out, as they are classes: dining table"]
     expected = [["traffic light"], ["potted plant"], ["dining table"], ["tv monitor", "television set"], ["cat"]]
     assert clip.names == [expected, ["sky"]]
 

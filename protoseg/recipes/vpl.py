@@ -148,7 +148,7 @@ def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict
             each.channels = [1, 2, 0]
     clip = open_clip_model(args, accelerator)
     # Names, layers or sizes that do not suit stop here, before an older run's files go.
-    texts(clip, splits["train"].classes, args)
+    texts(clip, splits["train"].classes, args, say=accelerator.print)
     if args.background:
         _, left_out = background_names(
             [readable(name) for name in splits["train"].classes], args.background_names or BACKGROUND

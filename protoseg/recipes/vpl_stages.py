@@ -34,14 +34,21 @@ class Prototypes(NamedTuple):
     background: Tensor
 
 
-def texts(clip: FrozenCLIP, classes: Sequence[str], args: VPLOptions) -> tuple[Tensor, Tensor]:
-    """Text prototypes of the classes and of background, by the strategy that the flags ask for."""
+def texts(
+    clip: FrozenCLIP, classes: Sequence[str], args: VPLOptions, say: Callable[[str], object] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Text prototypes of the classes and of background, by the strategy that the flags ask for.
+
+    ``say`` is told which background prompts are left out, as they are classes.
+    """
     templates: Sequence[str] = args.templates or clip.templates
     if args.prompts == "single":
         templates = templates[:1]
     synonyms = args.other_names()
     names = [[readable(each) for each in (name, *synonyms.get(name, ()))] for name in classes]
-    background, _ = background_names(names, args.background_names or BACKGROUND)
+    background, left_out = background_names(names, args.background_names or BACKGROUND)
+    if left_out and args.background and say is not None:
+        say(f"background prompts left out, as they are classes: {', '.join(left_out)}")
     text = clip.text_prototypes(names, templates)
     return text, clip.text_prototypes(background, templates) if args.background and background else text[:0]
 
