@@ -267,11 +267,13 @@ class FrozenCLIP(nn.Module):
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
         if not classes or not all(classes) or not templates:
             raise ValueError(f"{me}: needs a name for every class and a template, got {names!r} and {templates!r}")
+
         every = [name for several in classes for name in several]
         if twice := sorted({name for name in every if every.count(name) > 1}):
             raise ValueError(f"{me}: every name may occur once, and {twice[0]!r} occurs more often")
         if wrong := [each for each in templates if "{}" not in each]:
             raise ValueError(f"{me}: expected {{}} for the name in every template, got {wrong[0]!r}")
+
         self._encode_texts([template.format(name) for name in every for template in templates])
         rows = [
             torch.stack([self._texts[template.format(name)] for name in several for template in templates]).mean(0)

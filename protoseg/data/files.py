@@ -150,6 +150,7 @@ def read_mask(
             path,
             f"a mask of format {header.format}, which changes indices; write it as PNG from what it was made of",
         )
+
     if picture.mode in ("RGB", "RGBA"):
         mask = _indices(np.array(picture.convert("RGB"), np.uint8), path, num_classes, colors)
     elif picture.mode in ("P", "L", "1") or picture.mode.startswith("I"):
@@ -163,6 +164,7 @@ def read_mask(
             f"the mask has mode {picture.mode}, expected P (palette) or L (8-bit gray) with class indices; "
             "turn it into indices, for example with protoseg.data.save_mask",
         )
+
     wrong = np.unique(mask[(mask > num_classes) & (mask != 255)])
     if wrong.size:
         raise UnreadableFileError(

@@ -93,6 +93,7 @@ class Progress:
         replaced = to_replace(args.output, patterns if known else PAGES, overwrite=overwrite)
         if longer is not None:
             self._tell_longer(longer, anew)
+            self.found["stages"].pop(longer, None)
             replaced.append(args.output / "checkpoint" / "fork.pt")  # of a run of fewer epochs
         for stage in anew:
             for name in plan.results[stage]:
@@ -124,7 +125,6 @@ class Progress:
         return next((stage for stage, flag in asked if before.get(flag, now[flag]) < now[flag]), None)
 
     def _tell_longer(self, stage: str, anew: Sequence[str]) -> None:
-        self.found["stages"].pop(stage, None)
         redone = f"; {', '.join(anew)} will be done anew" if anew else ""
         epochs = getattr(self.args, self.plan.epochs[stage])
         self.accelerator.print(f"--resume: {stage} goes on to {epochs} epochs{redone}")
