@@ -90,8 +90,8 @@ def open_pairs(args: argparse.Namespace, side: int) -> tuple[Sequence[Pair] | Cs
     scenes = Scenes(args.scenes, size=side)
     drawn = ScenePairs(scenes)
     kept = [drawn[index] for index in tqdm(range(len(drawn)), desc="scenes", leave=False)]
-    sceneries = [scenes.home(label) for label in range(1, 1 + len(scenes.classes))]
-    return kept, (*scenes.classes, *sceneries)
+    nouns = {*scenes.classes, *(scenes.home(label) for label in range(1, 1 + len(scenes.classes)))}
+    return kept, tuple(word for word in vocabulary(pair.caption for pair in kept) if word in nouns)
 
 
 def train(model: PGSeg, views: Views, args: argparse.Namespace, accelerator: Accelerator) -> None:

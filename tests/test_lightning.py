@@ -1,7 +1,9 @@
-"""The recipe of docs/plug-in.md in Lightning itself: fit, checkpoint, resume, load, an exception in between."""
+"""The recipe of docs/plug-in.md in Lightning: fit, checkpoint, resume, load, an exception in between, two processes."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,12 @@ def module() -> Any:
     return WithBank()
 
 
-def loader() -> Any:
-    return DataLoader(TensorDataset(*pictures(8)), batch_size=4)
+def loader(batch: int = 4) -> Any:
+    return DataLoader(TensorDataset(*pictures(8)), batch_size=batch)
 
 
-def trainer(folder: Path, epochs: int) -> Any:
-    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+def trainer(folder: Path, epochs: int, **more: Any) -> Any:
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **more}
     return lightning.Trainer(max_epochs=epochs, default_root_dir=folder, enable_model_summary=False, **options)
 
 
@@ -86,3 +88,23 @@ def test_after_an_exception_the_next_fit_has_one_tap(tmp_path: Path) -> None:
     trainer(tmp_path, 1).fit(broken, loader())
     torch.testing.assert_close(dict(broken.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
     assert not leftovers(broken.model)
+
+
+def fit_on_rank(rank: int) -> dict[str, Tensor]:
+    """Fit as one of two processes that somebody else has started, each with half of the pictures and of the batch."""
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # so that Lightning starts no process of its own
+    fitted = module()
+    torch.manual_seed(rank)
+    options: dict[str, Any] = {"broadcast_buffers": False, "find_unused_parameters": True}
+    strategy = lightning.strategies.DDPStrategy(process_group_backend="gloo", **options)
+    trainer(Path(), 2, devices=2, strategy=strategy, enable_checkpointing=False).fit(fitted, loader(2))
+    assert not leftovers(fitted.model)
+    state = {name: value.detach().clone() for name, value in fitted.state_dict().items()}
+    return {**state, "stored": fitted.bank.stored.clone()}
+
+
+def test_two_processes_hold_the_same_bank(two_processes: Callable[[Any], tuple[Any, Any]]) -> None:
+    first, second = two_processes(fit_on_rank)
+
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first["stored"].sum() > 0
