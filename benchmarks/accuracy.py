@@ -210,8 +210,12 @@ def rank_correlation(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(value: dict[str, Any]) -> str:
-    """Mean and spread as text."""
-    return "-" if value["mean"] is None else f"{value['mean']:.3f} ± {value['sd']:.3f}"
+    """Mean and spread as text; of one value, the value."""
+    if value["mean"] is None:
+        return "-"
+    if len(value["values"]) == 1:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} ± {value['sd']:.3f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -366,21 +366,25 @@ def baselines(
     """By split, where there are true masks: the scores of :func:`trivial`. One process looks, once."""
     found: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
-        scored = {split: pictures for split, pictures in splits.items() if counted[split]["scored"]}
-        tune = scored.get("train")
-        found = [{split: trivial(tune or pictures, pictures) for split, pictures in scored.items()}]
+        scored = {split: _blind(pictures) for split, pictures in splits.items() if counted[split]["scored"]}
+        found = [{split: _best_disc(scored.get("train", tested), tested) for split, tested in scored.items()}]
     return dict(broadcast_object_list(found)[0])
 
 
-def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float]:
+def trivial(tune: Pictures, test: Pictures) -> dict[str, float]:
     """Score masks that know nothing of the picture, which a network has to beat.
 
     ``background`` is background everywhere; ``regions`` cuts a picture at random and gives each part a random class;
     ``tag`` gives every pixel a true tag of the picture; ``disc`` puts that into a centered disc, in pictures that are
     not square an ellipse, of the radius that is best on the tuning pictures.
     """
-    tested = _blind(test, regions)
-    tuned = tested if tune is test else _blind(tune, regions)
+    tested = _blind(test)
+    tuned = tested if tune is test else _blind(tune)
+    return _best_disc(tuned, tested)
+
+
+def _best_disc(tuned: Mapping[str, float], tested: Mapping[str, float]) -> dict[str, float]:
+    """Of the scores of :func:`_blind` those of the disc that is best on the tuning pictures, and the others."""
     radius = max(RADII, key=lambda each: tuned[f"disc {each}"])
     return {
         "background": tested["background"],
@@ -391,7 +395,7 @@ def trivial(tune: Pictures, test: Pictures, regions: int = 8) -> dict[str, float
     }
 
 
-def _blind(pictures: Pictures, regions: int) -> dict[str, float]:
+def _blind(pictures: Pictures, regions: int = 8) -> dict[str, float]:
     """Scores of the masks of :func:`trivial`, of discs of every radius, in one pass over the pictures."""
     classes = len(pictures.classes)
     kinds = ("background", "regions", "tag", *(f"disc {radius}" for radius in RADII))
