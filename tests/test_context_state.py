@@ -139,6 +139,7 @@ class TestPrecision:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize("background", BACKGROUNDS)
     def test_fullgraph_equals_eager(self, background: str) -> None:
         self.compare("aot_eager", make(torch.float32, background=background), modes=[True, True, True, False])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -107,6 +108,7 @@ def attached_main(rank: int) -> Any:
     return record
 
 
+@pytest.mark.slow
 def test_a_tap_on_a_wrapped_network_equals_one_process(two_processes: Any) -> None:
     first, second = two_processes(attached_main)
     alone = attached(network_to_attach(), slice(None))

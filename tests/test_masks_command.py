@@ -67,10 +67,11 @@ def test_outlines_become_masks(tmp_path: Path) -> None:
         assert np.array_equal(sample.mask.numpy(), np.where(np.isin(item.mask, present), item.mask, 0))
 
 
+@pytest.mark.slow
 def test_masks_are_the_same_whatever_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, classes = folders.items(60)
     found: dict[str, dict[str, Any]] = {}
-    for shape in ("plain", "german", "subfolders", "voc_layout", "mixed"):
+    for shape in folders.SHAPES:
         root = tmp_path / shape
         root.mkdir()
         flags = folders.SHAPES[shape](root, given, classes)

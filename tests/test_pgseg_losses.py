@@ -142,6 +142,7 @@ def rank_main(rank: int) -> Any:
     return gradients(DistributedDataParallel(Trained()), slice(3 * rank, 3 * rank + 3))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(two_processes: Any) -> None:
     first, second = two_processes(rank_main)
     alone = gradients(Trained(), slice(None))

@@ -249,6 +249,7 @@ def test_masks_to_learn_from_must_fit(folder: Callable[..., Path], tmp_path: Pat
     assert "p9.png: " in str(stopped.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MSRC15.is_dir(), reason=f"needs {MSRC15.name} beside the repository")
 def test_real_pictures(tmp_path: Path) -> None:
     flags = ["--stages", "classify", "seeds", "--epochs", "1", "--batch", "8", "--output", str(tmp_path)]

@@ -166,6 +166,7 @@ def test_a_csv_and_a_folder(tmp_path: Path) -> None:
     assert alone["maps"] == {}
 
 
+@pytest.mark.slow
 def test_shards_train_the_transformer_and_broken_ones_are_told(tmp_path: Path) -> None:
     pytest.importorskip("open_clip", reason="the extra clip is not installed")
     pytest.importorskip("webdataset", reason="the extra pairs is not installed")

@@ -115,6 +115,7 @@ def test_a_run_of_other_flags_is_not_resumed(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_more_epochs_than_last_time_go_on(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     metrics = run(tmp_path, "--resume", "--epochs", "3")
@@ -143,6 +144,7 @@ def test_more_epochs_of_the_last_stage_leave_the_earlier_ones_alone(finished: Pa
     assert checkpoint(tmp_path, "segment")["epoch"] == int(longer)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
     process = start(tmp_path, *LONG)
     deadline = time.monotonic() + 120

@@ -96,6 +96,7 @@ def test_masks_are_those_of_segment(
     assert sorted(empty) == summary["empty"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_masks(pictures: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(ALONE + "segment.main(sys.argv[1:])\n")

@@ -101,6 +101,7 @@ def test_the_small_clip_is_trained_once_for_each_setting(
     assert trained == [1]
 
 
+@pytest.mark.slow
 def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Path, tmp_path: Path) -> None:
     base = read(finished)
     (tmp_path / "names.json").write_text('{"brell": ["brello"], "molu": ["mola", "molus"]}', encoding="utf-8")
