@@ -148,8 +148,19 @@ def segment_batch(
         maps = max_normalize(refine_by_affinity(maps, attention_affinity(attention)))
 
     # 3. A class or background for each pixel.
-    results = []
-    for image, some, there in zip(images, maps, labels, strict=True):
-        large = F.interpolate(some[None], image.shape[-2:], mode="bilinear", align_corners=False)[0].clamp(0, 1)
-        results.append(Segmented(to_mask(large, there, threshold).to(torch.uint8), large, there))
-    return results
+    return [_at_full_size(*found, threshold) for found in zip(images, maps, labels, strict=True)]
+
+
+def _at_full_size(image: Tensor, maps: Tensor, labels: Tensor, threshold: float) -> Segmented:
+    """Enlarge the maps of the classes that are there, and choose among these: all maps of a large photograph are GB."""
+    side = image.shape[-2:]
+    present = labels.nonzero().flatten()
+    large = maps.new_zeros(len(maps), *side)
+    mask = torch.zeros(side, dtype=torch.uint8, device=maps.device)
+
+    if len(present):
+        found = F.interpolate(maps[None, present], side, mode="bilinear", align_corners=False)[0].clamp_(0, 1)
+        large[present] = found
+        names = torch.cat([present.new_zeros(1), present + 1]).to(torch.uint8)
+        mask = names[to_mask(found, labels[present], threshold)]
+    return Segmented(mask, large, labels)
