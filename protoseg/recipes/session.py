@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,9 +44,15 @@ def start_engine(device: str, **options: Any) -> Accelerator:
     """Start accelerate's engine on a device: ``"auto"``, ``"cpu"``, or the type of what accelerate finds.
 
     Raises:
-        SystemExit: accelerate found another device.
+        SystemExit: accelerate found another device, or takes each of several processes for the only one.
     """
     accelerator = Accelerator(cpu=device == "cpu", **options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"--device: {launched} processes were started, and accelerate takes each of them for the only one, as it "
+            "found no GPU; say --device cpu"
+        )
     if device not in ("auto", "cpu", accelerator.device.type):
         raise SystemExit(f"--device: accelerate found {accelerator.device}, not {device}; say 'auto' or 'cpu'")
     return accelerator
