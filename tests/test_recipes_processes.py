@@ -125,5 +125,5 @@ def test_amn_in_two_processes_makes_its_masks_first(tmp_path: Path) -> None:
 def test_processes_that_do_not_know_of_each_other_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would do all of the work, and write over the other's files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="2 processes were started, and accelerate takes each .*; say --device cpu"):
+    with pytest.raises(SystemExit, match=r"2 processes were started, and accelerate takes each .*; say --device cpu"):
         start_engine("auto")
