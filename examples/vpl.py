@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from einops import rearrange
+from timm.layers.norm_act import GroupNormAct
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -40,7 +41,7 @@ from protoseg.models.pgseg.network import image_text_contrast
 
 def train(model: nn.Module, loader: Any, epochs: int, loss_of: Callable[..., Tensor], accelerator: Accelerator) -> None:
     """Train a network by AdamW, at a rate that rises for a few steps and then falls by a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = OneCycleLR(optimizer, 2e-3, epochs * len(loader), pct_start=0.07, cycle_momentum=False)
     network, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     for epoch in range(1, epochs + 1):
@@ -60,15 +61,15 @@ def train_clip(scenes: int, accelerator: Accelerator) -> FrozenCLIP:
     """Train a small CLIP from scratch on made scenes with captions."""
     # open_clip's model, but with plain convolutions, as patches of a transformer learn textures too slowly.
     blocks = (ByoBlockCfg("basic", d=1, c=48), ByoBlockCfg("basic", d=1, c=96))
-    sizes = ByoModelCfg(blocks, downsample="", stem_chs=24, stem_pool="", norm_layer="groupnorm1")
+    norm: Any = partial(GroupNormAct, num_groups=8)
+    sizes = ByoModelCfg(blocks, downsample="", stem_chs=24, stem_pool="", norm_layer=norm, act_layer="gelu")
     model = open_clip.CLIP(64, {"layers": 0}, {"context_length": 32, "width": 64, "heads": 2, "layers": 2})
     model.visual = nn.Sequential(OrderedDict(trunk=ByobNet(sizes, num_classes=0), head=nn.Linear(96, 64, bias=False)))
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     normalize = v2.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
     # Scenes are drawn anew at each access: keep them.
-    drawn = ScenePairs(Scenes(scenes, size=64), transform=lambda pair: (pair.image, pair.caption))
-    pairs: Any = [drawn[index] for index in tqdm(range(len(drawn)), desc="scenes", leave=False)]
+    pairs: Any = list(tqdm(ScenePairs(Scenes(scenes, size=64), transform=lambda pair: (pair.image, pair.caption))))
 
     def contrast(network: nn.Module, images: Tensor, captions: Sequence[str]) -> Tensor:
         pictures, sentences, scale = network(normalize(images / 255), tokenizer(captions).to(images.device))
@@ -99,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
 
     # 1. Pictures with tags, a frozen CLIP, and names of what else the pictures show.
-    pictures: dict[str, Scenes] | dict[str, VOCFolder]
     if args.data is None:
-        pictures = {"tagged": Scenes(args.scenes, size=64), "held-out": Scenes(args.scenes // 2, seed=1, size=64)}
+        pictures: Any = {"tagged": Scenes(args.scenes, size=64), "held-out": Scenes(args.scenes // 2, seed=1, size=64)}
         around = [pictures["tagged"].home(label) for label in range(1, 1 + len(pictures["tagged"].classes))]
         clip = train_clip(args.clip_scenes, accelerator)
     else:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder = FrozenDecoder([each.shape[1] for each in seen.layers], len(text), text.shape[1], dim=64, depth=2, heads=2)
     contrast = RegionalSemanticContrast()
 
-    def decoder_loss(network: nn.Module, images: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
+    def decoder_loss(network: nn.Module, images: Tensor, masks: Tensor, labels: Tensor) -> Any:
         out = network(clip.encode(images, layers=layers).layers)
         logits = F.interpolate(out.logits, masks.shape[-2:], mode="bilinear")
         grid = F.interpolate(masks[:, None].float(), out.logits.shape[-2:], mode="nearest-exact")[:, 0].long()
@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = rearrange(F.one_hot(grid, 1 + len(text)), "b h w c -> b c h w")[:, 1:]
         absent = rearrange(labels == 0, "b c -> b c 1 1")
         regions = torch.where(absent, out.logits.softmax(1)[:, 1:], found.float())
-        regional: Tensor = contrast(out.features, regions, vision, labels, background).loss
-        return balanced_cross_entropy(logits, masks) + 0.1 * affinity_loss(out.affinity, grid) + 0.1 * regional
+        regional = 0.1 * contrast(out.features, regions, vision, labels, background).loss
+        return balanced_cross_entropy(logits, masks) + 0.1 * affinity_loss(out.affinity, grid) + regional
 
     loader = DataLoader(pictures["tagged"], 16, shuffle=True, drop_last=True, collate_fn=crops)
     train(decoder, loader, args.epochs, decoder_loss, accelerator)
