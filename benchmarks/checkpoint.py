@@ -5,7 +5,8 @@
 Trains ``tf_efficientnet_lite0`` with the ImageNet weights of the extra ``weights`` by a loop that knows nothing of this
 library, and keeps it in ``--checkpoint``; a checkpoint that is there is not trained again. Then, from the checkpoint
 alone, the bank is filled and every picture's maps are made, once through ``attach`` and once, to compare, by the
-network's own methods and the bank, as ``protoseg train cpal`` does. Writes ``checkpoint-NAME.json`` into ``--output``.
+network's own methods and the bank, as ``protoseg train cpal`` does. Writes ``checkpoint-NAME.json`` and ``.md`` into
+``--output``.
 
 The maps are given the true tags, and thresholds are the best ones of each split, as in ``protoseg train cpal``.
 """
@@ -30,6 +31,7 @@ from protoseg.data import VOCFolder
 from protoseg.functional import multi_scale
 from protoseg.metrics import ThresholdSweep
 from protoseg.models.weights import read_package
+from protoseg.recipes.files import versions
 from protoseg.utils.files import replacing
 
 NAME = "tf_efficientnet_lite0"
@@ -174,10 +176,38 @@ def main() -> None:
             torch.save(network.state_dict(), file)
 
     found = score(network, folders, args.size)
+    found["versions"] = versions("protoseg", "torch", "timm", "numpy")
     args.output.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output / f"checkpoint-{args.data.name}.json") as file:
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
+    for ending, text in {"json": json.dumps(found, indent=2) + "\n", "md": markdown(found, args.data.name)}.items():
+        with replacing(args.output / f"checkpoint-{args.data.name}.{ending}") as file:
+            file.write_text(text, encoding="utf-8")
+    print(markdown(found, args.data.name))
+
+
+def markdown(found: dict[str, Any], name: str) -> str:
+    """The page of the results."""
+    rows = [
+        f"| {kind} | {found['train'][kind]:.3f} | {found['val'][kind]:.3f} |"
+        for kind in ("cam", "pacam", "cam by hand", "pacam by hand")
+    ]
+    contrast = {kind: f"{value:.3f}" for kind, value in found["contrast"].items()}
+    return "\n".join(
+        [
+            f"# A trained checkpoint to maps, on {name}",
+            "",
+            f"`python benchmarks/checkpoint.py --data ../shared/data/{name}`",
+            "",
+            "A classifier of plain PyTorch, one seed; mIoU, tags given, best threshold.",
+            '"By hand" does without `attach`.',
+            "",
+            "| map | train | val |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Contrast, which needs no masks: CAM {contrast['cam']}, PACAM {contrast['pacam']}.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
