@@ -135,8 +135,8 @@ def test_accuracy_leaves_parts_out_and_ranks_them_without_masks(tmp_path: Path) 
     assert len({each["eval"]["contrast"]["mean"] for each in summary["parts"].values()}) > 5
     for figure in summary["rank_correlation"].values():
         assert -1 <= figure["mean"] <= 1
-    assert f"| nothing | {summary['parts']['nothing']['train']['miou']['mean']:.3f} ± 0.000 | " in page
-    assert f"contrast with mIoU on eval is {summary['rank_correlation']['contrast']['mean']:.3f} ± 0.000" in page
+    assert f"| nothing | {summary['parts']['nothing']['train']['miou']['mean']:.3f} | " in page
+    assert f"contrast with mIoU on eval is {summary['rank_correlation']['contrast']['mean']:.3f}" in page
 
 
 def test_speed_of_grad_cam_measures_every_way_and_all_make_the_same_maps(tmp_path: Path) -> None:

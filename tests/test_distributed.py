@@ -54,6 +54,7 @@ def rank_main(rank: int) -> Any:
     return {**record, "gathered": gathered, "world": world_size()}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(two_processes: Any) -> None:
     first, second = two_processes(rank_main)
     alone = train(Network(), slice(None))

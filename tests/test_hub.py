@@ -116,6 +116,7 @@ def test_a_run_leaves_a_model_that_makes_its_maps(finished: Path) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_map_keeps_that(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     sample = Scenes(24, seed=0, size=48)[3]

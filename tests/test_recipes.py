@@ -125,6 +125,7 @@ def test_another_seed_finds_something_else(finished: Path, tmp_path: Path) -> No
     assert metrics["maps"] != read(finished)["maps"]
 
 
+@pytest.mark.slow
 def test_one_stage_after_another_is_as_all_in_one_go(finished: Path, tmp_path: Path) -> None:
     seconds = [0.0]
     for stage in cpal_options.STAGES:

@@ -137,6 +137,7 @@ def test_a_run_of_other_flags_is_not_resumed(tmp_path: Path) -> None:
         run(tmp_path, "--epochs", "1", "--npr", "none", "--resume")
 
 
+@pytest.mark.slow
 def test_a_csv_and_a_folder(tmp_path: Path) -> None:
     scenes = Scenes(12, size=32)
     folder = tmp_path / "voc"

@@ -136,6 +136,7 @@ def test_more_epochs_than_last_time_go_on(finished: Path, tmp_path: Path, capsys
     assert "classify" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_epochs_of_the_last_stage_leave_the_earlier_ones_alone(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     longer = str(read(finished, "config.json")["segmentation_epochs"] + 1)
