@@ -27,7 +27,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, readable
+from protoseg.clip import FrozenCLIP
 from protoseg.functional import load_refiner
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
@@ -149,12 +149,6 @@ def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict
     clip = open_clip_model(args, accelerator)
     # Names, layers or sizes that do not suit stop here, before an older run's files go.
     texts(clip, splits["train"].classes, args, say=accelerator.print)
-    if args.background:
-        _, left_out = background_names(
-            [readable(name) for name in splits["train"].classes], args.background_names or BACKGROUND
-        )
-        if left_out:
-            accelerator.print(f"background prompts left out, as they are classes: {', '.join(left_out)}")
     build_decoder(clip, splits["train"], args)
     progress = Progress(PLAN, args, accelerator, began)
     set_seed(args.seed)
