@@ -110,6 +110,7 @@ def to_coco(folder: Path, names: Sequence[str], files: Sequence[str], classes: S
     for number, (mask, file) in enumerate(zip(_each(folder, names, len(classes)), files, strict=True), 1):
         height, width = mask.shape
         images.append({"id": number, "file_name": file, "height": height, "width": width})
+
         for index in np.unique(mask).tolist():
             if index in (0, 255):
                 continue
@@ -127,6 +128,7 @@ def to_coco(folder: Path, names: Sequence[str], files: Sequence[str], classes: S
                     "segmentation": {"size": [height, width], "counts": encode_rle(inside)},
                 }
             )
+
     categories = [{"id": place, "name": name} for place, name in enumerate(classes, 1)]
     content = {"images": images, "annotations": found, "categories": categories}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,7 @@ def to_labelme(
                         "flags": {},
                     }
                 )
+
         content = {
             "version": "5.0.1",
             "flags": {},

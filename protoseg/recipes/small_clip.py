@@ -138,10 +138,12 @@ def train(clip: FrozenCLIP, views: Views, args: VPLOptions, accelerator: Acceler
     """
     model: Any = clip.model
     model.requires_grad_(True)
+
     # 49408 words of which some dozens occur: their random vectors do, and no step goes through all of them.
     model.token_embedding.requires_grad_(False)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
     shuffle, step = Shuffle(len(views), args.seed), 0
     loader = loader_of(views, 64, args.workers, shuffle)
     bar = tqdm(total=args.clip_steps, desc="small CLIP", disable=quiet(accelerator), leave=False)
@@ -154,6 +156,7 @@ def train(clip: FrozenCLIP, views: Views, args: VPLOptions, accelerator: Acceler
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
             step += 1
@@ -161,6 +164,7 @@ def train(clip: FrozenCLIP, views: Views, args: VPLOptions, accelerator: Acceler
             if step == args.clip_steps:
                 break
         shuffle.epoch = views.epoch = shuffle.epoch + 1
+
     bar.close()
     model.requires_grad_(False).eval()
 

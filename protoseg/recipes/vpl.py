@@ -143,15 +143,19 @@ def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict
         raise SystemExit(
             f"--eval-data: its classes {splits['eval'].classes} are not the training data's {splits['train'].classes}"
         )
+
     if args.shift == "channels":
         for each in splits.values():
             each.channels = [1, 2, 0]
+
     clip = open_clip_model(args, accelerator)
     # Names, layers or sizes that do not suit stop here, before an older run's files go.
     texts(clip, splits["train"].classes, args, say=accelerator.print)
     build_decoder(clip, splits["train"], args)
+
     progress = Progress(PLAN, args, accelerator, began)
     set_seed(args.seed)
+
     path = args.output / "checkpoint" / "prototypes.pt"
     if progress.wants("prototypes"):
         learnt, found = learn(clip, splits["train"], args, accelerator)
@@ -159,6 +163,7 @@ def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict
             save_checkpoint(path, learnt._asdict())
         progress.done("prototypes", {"prototypes": found})
     prototypes = Prototypes(**{key: each.to(accelerator.device) for key, each in load_checkpoint(path).items()})
+
     if progress.wants("seeds"):
         maps_of = partial(picture_maps, clip, prototypes, args=args)
         scores = score_maps(splits, maps_of, MAPS, args, accelerator)
@@ -168,6 +173,7 @@ def run(args: VPLOptions, argv: Sequence[str], accelerator: Accelerator) -> dict
         progress.done("refine", {"pseudo_masks": refine(splits["train"], progress.found, args, accelerator)})
     if progress.wants("segment"):
         progress.done("segment", segment(clip, prototypes, splits, args, accelerator))
+
     method = "with regional contrast" if args.rsc else "without regional contrast"
     metrics = progress.metrics(
         method,

@@ -152,14 +152,17 @@ def score_decoder(
             both = torch.cat([pixels, pixels.flip(-1)])
             logits = decoder(clip.encode(both, layers=args.layers).layers).logits.float().softmax(1)
             shares = enlarge((logits[0] + logits[1].flip(-1)) / 2, sample.image).cpu()
+
             if split == "train":
                 shares[1:][sample.labels == 0] = 0
             mask = shares.argmax(0).to(torch.uint8)
             if split == "train":
                 save_mask(final_mask_path(args, sample.id), mask)
+
             if sample.mask is not None:
                 confusion.update(mask, sample.mask)
                 floor.update(torch.zeros_like(mask), sample.mask)
+
         scores[split] = named(confusion.all_reduce(), pictures.classes)
         scores[split]["all_background"] = floor.all_reduce().result().miou
     return scores

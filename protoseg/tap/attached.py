@@ -84,6 +84,7 @@ class Tap:
             raise ValueError(f"attach: call must be at least 0, the first call of a layer in a pass, got {call}")
         if cam is not None and not callable(cam) and not isinstance(cam, str | tuple):
             raise TypeError(f"attach: cam must be a layer's name or a callable, got {type(cam).__name__}")
+
         self.bank = bank
         inner = unwrapped(network)
         names: dict[str, Name] = {"features": features}
@@ -91,6 +92,7 @@ class Tap:
             names["cam"] = cam
         selectors = {kind: Selector.parse(kind, name) for kind, name in names.items()}
         layers = {kind: find_layer(inner, kind, each.layer) for kind, each in selectors.items()}
+
         self._reader = CAMReader(
             cam if cam is None or "cam" not in selectors else selectors["cam"].name,  # type: ignore[arg-type]
             layers.get("cam"),
@@ -99,6 +101,7 @@ class Tap:
             background=background,
             reshape=reshape,
         )
+
         self._devices = getattr(network, "device_ids", None) or []
         self._network: nn.Module | None = network
         self._recorder = Recorder(
@@ -173,6 +176,7 @@ class Tap:
         trains = torch.is_grad_enabled()
         last = self._read(training=trains)
         maps = self._maps(last)
+
         what, index = ("features", 0) if bank.detach == "cam" else ("CAM", 1)
         connected = all(each.grad for each in last) and all(each[index].requires_grad for each in maps)
         if trains and not connected:
@@ -181,11 +185,13 @@ class Tap:
                 "nothing; name the layer that computes it (for MCTformer 'head') or pass a callable of the features, "
                 "run checkpointed layers with use_reentrant=False, or call loss() under no_grad as well"
             )
+
         used = any(part.used for forward in last for part in forward.parts)
         stores = bank.training and trains and not used
         # All see the same state: the only call that changes it is the last.
         losses = [bank(*each, labels, valid, store=False).loss for each in maps[1:]]
         losses.append(self._ask(bank, maps[0], labels, valid, store=stores).loss)
+
         for forward in last:
             for part in forward.parts:
                 part.used = True
