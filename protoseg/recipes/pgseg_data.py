@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from protoseg.clip import readable
 from protoseg.data import CsvPairs, Pair, ScenePairs, Scenes, ShardPairs, VOCFolder
 from protoseg.recipes.engine import Batches
 from protoseg.recipes.pgseg_options import PGSegOptions
@@ -30,7 +31,9 @@ class TagPairs(Dataset[Pair]):
 
     def __getitem__(self, index: int) -> Pair:
         sample = self.folder[index]
-        tags = [name for name, there in zip(self.folder.classes, sample.labels.tolist(), strict=True) if there]
+        tags = [
+            readable(name) for name, there in zip(self.folder.classes, sample.labels.tolist(), strict=True) if there
+        ]
         return Pair(sample.id, sample.image, f"a photo of {' and '.join('a ' + tag for tag in tags)}")
 
 

@@ -16,7 +16,7 @@ from protoseg.data import Sample
 from protoseg.metrics import ConfusionMatrix, ThresholdSweep, prototype_diagnostics
 from protoseg.models.pgseg.grouping import StageOutput
 from protoseg.models.pgseg.network import PGSeg
-from protoseg.models.pgseg.zeroshot import Score, group_maps, normalized, segment
+from protoseg.models.pgseg.zeroshot import Score, class_embeddings, group_maps, normalized, segment
 from protoseg.recipes.pictures import Pictures
 from protoseg.recipes.session import share
 from protoseg.report import Picture
@@ -28,6 +28,13 @@ class Setting(NamedTuple):
     names: Sequence[str]
     background: Sequence[str]
     score: Score
+
+    def read_by(self, model: PGSeg) -> dict[str, Any]:
+        """Read the names, once for all pictures: arguments of :func:`segment`."""
+        found = {"class_names": class_embeddings(model, self.names), "score": self.score}
+        if self.background:
+            found["background_names"] = class_embeddings(model, self.background)
+        return found
 
 
 def zero_shot(
@@ -52,12 +59,10 @@ def sweep(model: PGSeg, pictures: Pictures, setting: Setting, accelerator: Accel
     """Count the masks of every threshold; no tag is used."""
     model.eval()
     counted, every = ThresholdSweep(len(pictures.classes)), torch.ones(len(pictures.classes))
+    names = setting.read_by(model)
     for index in share(len(pictures), "zero-shot", accelerator):
         sample = pictures[index]
-        found = segment(
-            model, sample.image, setting.names, background_names=setting.background, background_threshold=0.0,
-            score=setting.score,
-        )  # fmt: skip
+        found = segment(model, sample.image, background_threshold=0.0, **names)
         counted.update((found.scores * (found.mask > 0)).cpu(), every, sample.mask)
     return counted.all_reduce()
 
@@ -113,12 +118,10 @@ def _mean(values: Sequence[float]) -> float:
 def panels(model: PGSeg, pictures: Pictures, setting: Setting, threshold: float, most: int = 100) -> list[Picture]:
     """Draw the masks and groups of the first pictures, for the report."""
     found = []
+    names = setting.read_by(model)
     for index in range(min(most, len(pictures))):
         sample = pictures[index]
-        mask = segment(
-            model, sample.image, setting.names, background_names=setting.background, background_threshold=threshold,
-            score=setting.score,
-        ).mask.cpu()  # fmt: skip
+        mask = segment(model, sample.image, background_threshold=threshold, **names).mask.cpu()
         side = model.config.test_side
         with torch.no_grad():
             _, encoded = model.encode_image(normalized(sample.image.to(mask.device), (side, side)))

@@ -33,8 +33,8 @@ class PGSegOptions(RunOptions):
     """made scenes to train on"""
     eval_scenes: int = 300
     """made scenes to evaluate on"""
-    preset: Literal["tiny", "vit-s"] = "tiny"
-    """sizes and schedule: of made scenes, or the published ones"""
+    preset: Literal["tiny", "lite0", "vit-s"] = "tiny"
+    """sizes and schedule: of made scenes, of a trained backbone with few pictures, or the published ones"""
 
     npr: Literal["none", "image", "text", "both"] = "both"
     """prototypes: of image tokens, of words, both, or none"""
@@ -83,6 +83,10 @@ class PGSegOptions(RunOptions):
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "epochs": 6, "batch": 32, "lr": 1e-3, "final_lr": 0.0, "warmup": 0.05, "smallest_crop": 1.0, "size": 64,
+        "weight_nouns": 1.0, "score": "cosine",
+    },
+    "lite0": {
+        "epochs": 20, "batch": 32, "lr": 1e-3, "final_lr": 0.0, "warmup": 0.05, "smallest_crop": 1.0, "size": 224,
         "weight_nouns": 1.0, "score": "cosine",
     },
     "vit-s": {

@@ -69,6 +69,8 @@ class VPLOptions(MaskOptions):
     """prototypes: rounds of Sinkhorn"""
     fit_tags: bool = True
     """prototypes: learn them with the tags"""
+    scales: list[float]
+    """maps: of --size; maps are means over them, on the grid of the first"""
     attentions: int = 8
     """maps: blocks whose attention makes the affinity"""
     box_threshold: float = 0.4
@@ -106,16 +108,16 @@ class VPLOptions(MaskOptions):
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "size": 64, "crop": 64, "smallest_crop": 0.5, "epochs": 8, "batch": 16, "lr": 2e-3, "layers": [1, 2],
-        "decoder_dim": 64, "decoder_depth": 2, "templates": ["a photo of a {}"],
+        "decoder_dim": 64, "decoder_depth": 2, "templates": ["a photo of a {}"], "scales": [1.0],
     },
     "clip": {
         "size": 512, "crop": 320, "smallest_crop": 0.3, "epochs": 10, "batch": 4, "lr": 2e-3,
-        "layers": [-4, -3, -2, -1], "decoder_dim": 256, "decoder_depth": 3, "templates": [],
+        "layers": [-4, -3, -2, -1], "decoder_dim": 256, "decoder_depth": 3, "templates": [], "scales": [1.0],
     },
-    # What an ImageNet classifier of stride 16 and pictures of 320 pixels ask for.
+    # What an ImageNet classifier of stride 16 and pictures of 320 pixels ask for; scales and map by VOC (docs/vpl.md).
     "pocket": {
         "size": 288, "crop": 256, "smallest_crop": 0.3, "epochs": 8, "batch": 8, "lr": 1e-3, "layers": [3, 4, 5],
-        "decoder_dim": 128, "decoder_depth": 2, "templates": [],
+        "decoder_dim": 128, "decoder_depth": 2, "templates": [], "scales": [1.25, 0.85], "seed_map": "vision_affinity",
     },
 }  # fmt: skip
 

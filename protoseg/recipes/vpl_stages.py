@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from protoseg import RegionalSemanticContrast, VisionPrototypeLearner
 from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, readable
 from protoseg.data import Sample, save_mask
-from protoseg.functional import attention_affinity, feature_attention, max_normalize, refine_by_affinity
+from protoseg.functional import (
+    attention_affinity,
+    feature_attention,
+    max_normalize,
+    multi_scale,
+    refine_by_affinity,
+)
 from protoseg.metrics import ConfusionMatrix
 from protoseg.models.decoder import Decoded, FrozenDecoder, affinity_loss, balanced_cross_entropy
 from protoseg.recipes.pictures import Pictures
@@ -81,18 +87,29 @@ def learn(
 def picture_maps(
     clip: FrozenCLIP, prototypes: Prototypes, sample: Sample, args: VPLOptions
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0, and its features ``[D, h, w]``."""
-    pixels, labels = clip.prepare(sample.image, args.size), sample.labels[None]
-    maps = {}
-    for name in ("text", "text_centered", "vision"):
-        found = clip.grad_cam(pixels, getattr(prototypes, name), prototypes.background, labels, pooling=args.pooling)
-        maps[name] = max_normalize(found)
+    """The maps ``[C, h, w]`` in 0..1 of one picture, absent classes 0, and its features ``[D, h, w]``.
+
+    They are means over ``--scales``, on the grid of the first.
+    """
+    labels = sample.labels[None]
     attentions = min(args.attentions, clip.blocks) if clip.attends else 0
-    seen = clip.encode(pixels, attentions=attentions, pooling=args.pooling)
-    attention = feature_attention(seen.features) if seen.attention is None else seen.attention
-    spread = refine_by_affinity(maps["vision"], attention_affinity(attention), args.box_threshold)
-    maps["vision_affinity"] = max_normalize(spread)
-    return {name: each[0] for name, each in maps.items()}, seen.features[0]
+
+    def look(pixels: Tensor) -> list[Tensor]:
+        seen = clip.encode(pixels, attentions=attentions, pooling=args.pooling)
+        maps = {}
+        for name in ("text", "text_centered", "vision"):
+            vectors = getattr(prototypes, name)
+            found = clip.grad_cam(pixels, vectors, prototypes.background, labels, pooling=args.pooling, seen=seen)
+            maps[name] = max_normalize(found)
+
+        attention = feature_attention(seen.features) if seen.attention is None else seen.attention
+        spread = refine_by_affinity(maps["vision"], attention_affinity(attention), args.box_threshold)
+        maps["vision_affinity"] = max_normalize(spread)
+        return [*(maps[name] for name in MAPS), seen.features]
+
+    pixels = clip.prepare(sample.image, args.size)
+    *maps, features = multi_scale(look, pixels, scales=args.scales, flip=False, multiple=clip.patch)
+    return {name: each[0] for name, each in zip(MAPS, maps, strict=True)}, features[0]
 
 
 def build_decoder(clip: FrozenCLIP, pictures: Pictures, args: VPLOptions) -> FrozenDecoder:
@@ -140,12 +157,15 @@ def score_decoder(
     args: VPLOptions,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Scores of the decoder's masks: ``eval`` without tags, ``train`` with tags; the latter are kept in ``masks/``."""
+    """Scores of the decoder's masks; those of the training pictures, made with tags, are kept in ``masks/``.
+
+    ``miou`` is with tags on the training pictures, and without them on others, where ``miou_tagged`` is with them.
+    """
     decoder.eval()
     scores = {}
     (args.output / "masks").mkdir(parents=True, exist_ok=True)
     for split, pictures in splits.items():
-        confusion, floor = ConfusionMatrix(len(pictures.classes)), ConfusionMatrix(len(pictures.classes))
+        free, tagged, floor = (ConfusionMatrix(len(pictures.classes)) for _ in range(3))
         for index in share(len(pictures), f"{split} masks", accelerator):
             sample = pictures[index]
             pixels = clip.prepare(sample.image, args.size)
@@ -153,17 +173,21 @@ def score_decoder(
             logits = decoder(clip.encode(both, layers=args.layers).layers).logits.float().softmax(1)
             shares = enlarge((logits[0] + logits[1].flip(-1)) / 2, sample.image).cpu()
 
-            if split == "train":
-                shares[1:][sample.labels == 0] = 0
             mask = shares.argmax(0).to(torch.uint8)
+            shares[1:][sample.labels == 0] = 0
+            known = shares.argmax(0).to(torch.uint8)
             if split == "train":
-                save_mask(final_mask_path(args, sample.id), mask)
+                save_mask(final_mask_path(args, sample.id), known)
 
             if sample.mask is not None:
-                confusion.update(mask, sample.mask)
+                free.update(mask, sample.mask)
+                tagged.update(known, sample.mask)
                 floor.update(torch.zeros_like(mask), sample.mask)
 
-        scores[split] = named(confusion.all_reduce(), pictures.classes)
+        with_tags = tagged.all_reduce()
+        scores[split] = named(with_tags if split == "train" else free.all_reduce(), pictures.classes)
+        if split != "train":
+            scores[split]["miou_tagged"] = with_tags.result().miou
         scores[split]["all_background"] = floor.all_reduce().result().miou
     return scores
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from protoseg.models.backbones import TimmBackbone
 from protoseg.models.pgseg.units import AttentionUnit, Grouping, SlotUnit, TokenMixer
 from protoseg.modules import GMMPrototypeRegularizer, GroupPrototypes, PublishedPrototypeRegularizer
 from protoseg.utils import checks
+from protoseg.utils.colors import IMAGENET_MEAN, IMAGENET_STD, normalize
 from protoseg.utils.extras import require
 
 __all__ = ["PRESETS", "Encoded", "GroupingEncoder", "ImageConfig", "StageOutput"]
@@ -30,7 +32,11 @@ class ImageConfig:
         image_size: Side of the training pictures in pixels.
         patch_size: Side of a patch.
         stem: ``"patch"``, one convolution of the patch's size (the paper); ``"conv"``, steps of stride 2 with norm and
-            activation, which learn from scratch on few pictures.
+            activation, which learn from scratch on few pictures; ``"backbone"``, the last map of a trained network,
+            whose tokens mean something from the start.
+        backbone: timm's name of that network; ``patch_size`` is its stride.
+        weights: What :class:`protoseg.models.backbones.TimmBackbone` takes.
+        frozen: Whether the backbone stays as it is. Its statistics do so in any case.
         dim: Channels of a token.
         heads: Of each attention.
         depths: Transformer blocks before each unit, and behind the last.
@@ -52,7 +58,10 @@ class ImageConfig:
 
     image_size: int = 224
     patch_size: int = 16
-    stem: Literal["patch", "conv"] = "patch"
+    stem: Literal["patch", "conv", "backbone"] = "patch"
+    backbone: str = "tf_efficientnet_lite0"
+    weights: str | None = None
+    frozen: bool = True
     dim: int = 384
     heads: int = 6
     depths: tuple[int, ...] = (6, 3, 3)
@@ -71,6 +80,17 @@ PRESETS: dict[str, ImageConfig] = {
         patch_size=8,
         stem="conv",
         dim=96,
+        heads=4,
+        depths=(1, 0),
+        groups=(8,),
+        unit="slots",
+        drop_path=0.0,
+        npr={"bandwidth": 0.3},
+    ),
+    "lite0": ImageConfig(
+        stem="backbone",
+        weights="package:efficientnet-lite0",
+        dim=128,
         heads=4,
         depths=(1, 0),
         groups=(8,),
@@ -232,7 +252,7 @@ class GroupingEncoder(nn.Module):
             raise ValueError("GroupingEncoder: reconstruct needs prototypes; set npr to a dict, {} for the defaults")
 
         self.config = config
-        self.stem = _patch_stem(config) if config.stem == "patch" else _conv_stem(config)
+        self.stem = STEMS[config.stem](config)
         self.norm_stem = nn.LayerNorm(config.dim)
 
         side = config.image_size // config.patch_size
@@ -288,6 +308,43 @@ def _patch_stem(config: ImageConfig) -> nn.Module:
     return nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
 
 
+class BackboneStem(nn.Module):
+    """The last map of a trained network, brought to the channels of the tokens.
+
+    Args:
+        config: Sizes.
+
+    Shape:
+        images ``[B, 3, H, W]``, normalized by ImageNet's colors as everywhere here, to ``[B, D, h, w]``.
+    """
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.backbone = TimmBackbone(config.backbone, weights=config.weights, stride=config.patch_size)
+        self.backbone.eval().requires_grad_(not config.frozen)
+        self.project = nn.Conv2d(self.backbone.channels, config.dim, 1)
+        self.frozen = config.frozen
+
+    def train(self, mode: bool = True) -> BackboneStem:
+        """Keep the backbone in evaluation mode: a few pictures' statistics are worse than ImageNet's."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the tokens as a map."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.see(images)
+        projected: Tensor = self.project(maps)
+        return projected
+
+    def see(self, images: Tensor) -> Tensor:
+        """Return the backbone's last map, after giving pictures the colors that it wants."""
+        mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+        maps: Tensor = self.backbone(normalize(images * std + mean, self.backbone.mean, self.backbone.std))
+        return maps
+
+
 def _conv_stem(config: ImageConfig) -> nn.Module:
     """Convolutions of stride 2 down to the patch's size, each with twice the channels of the one before."""
     steps = int(math.log2(config.patch_size))
@@ -300,3 +357,10 @@ def _conv_stem(config: ImageConfig) -> nn.Module:
         layers += [nn.Conv2d(channels, wide, 3, 2, 1, bias=False), nn.GroupNorm(math.gcd(wide, 8), wide), nn.GELU()]
         channels = wide
     return nn.Sequential(*layers)
+
+
+STEMS: dict[str, Callable[[ImageConfig], nn.Module]] = {
+    "patch": _patch_stem,
+    "conv": _conv_stem,
+    "backbone": BackboneStem,
+}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from protoseg.models.pgseg import weights
 from protoseg.models.pgseg.grouping import PRESETS as IMAGE_PRESETS
 from protoseg.models.pgseg.grouping import Encoded, GroupingEncoder, ImageConfig, ProjectionMLP
-from protoseg.models.pgseg.text import TextTokens, TextTransformer, WordBag
+from protoseg.models.pgseg.text import SentenceTokens, TextTokens, TextTransformer, WordBag
 from protoseg.models.pgseg.zeroshot import ZeroShot, segment
 from protoseg.models.weights import read_file
 from protoseg.modules.gmm import LARGEST_SCALE, GMMPrototypeRegularizer, GroupPrototypes
@@ -33,7 +33,7 @@ class PGSegConfig:
 
     Attributes:
         image: Sizes of the image encoder.
-        text: ``"transformer"``, CLIP's (the paper); ``"words"``, a bag of words.
+        text: ``"transformer"``, CLIP's (the paper); ``"words"``, a bag of words; ``"sentences"``, MiniLM as it is.
         text_width: Channels of a word.
         text_layers: Blocks of the transformer.
         embed_dim: Channels of the common space.
@@ -42,12 +42,13 @@ class PGSegConfig:
         npr_text: Options of the :class:`protoseg.GMMPrototypeRegularizer` on the words, which are projected to the
             channels of the last groups; None for none.
         test_side: Shorter side of test pictures, and of the windows that they are read in, in pixels.
-        nouns: Words of the vocabulary that the groups learn from one by one, too; only with ``"words"``. Not in the
-            paper. Without it the groups of small pictures all carry the whole picture.
+        nouns: Words of the captions that the groups learn from one by one, too; not with ``"transformer"``. With
+            ``"words"`` they are of the vocabulary. Not in the paper. Without it the groups of small pictures all carry
+            the whole picture.
     """
 
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
-    text: Literal["transformer", "words"] = "transformer"
+    text: Literal["transformer", "words", "sentences"] = "transformer"
     text_width: int = 256
     text_layers: int = 12
     embed_dim: int = 256
@@ -67,6 +68,15 @@ PRESETS: dict[str, PGSegConfig] = {
         hidden=0,
         npr_text={"bandwidth": 0.3},
         test_side=128,
+    ),
+    "lite0": PGSegConfig(
+        image=IMAGE_PRESETS["lite0"],
+        text="sentences",
+        text_width=384,
+        embed_dim=128,
+        hidden=0,
+        npr_text={"bandwidth": 0.3},
+        test_side=224,
     ),
     "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
 }
@@ -117,6 +127,7 @@ class PGSeg(nn.Module):
     """
 
     nouns: Tensor
+    noun_pieces: Tensor
 
     def __init__(self, config: PGSegConfig) -> None:
         super().__init__()
@@ -124,14 +135,16 @@ class PGSeg(nn.Module):
 
         self.image = GroupingEncoder(config.image)
 
-        self.text: WordBag | TextTransformer
+        self.text: WordBag | SentenceTokens | TextTransformer
         if config.text == "words":
             self.text = WordBag(config.vocabulary, config.text_width)
+        elif config.text == "sentences":
+            self.text = SentenceTokens()
         else:
             self.text = TextTransformer(config.text_width, config.text_layers)
 
         self.image_projector = _projector(config.image.dim, config)
-        self.text_projector = _projector(config.text_width, config)
+        self.text_projector = _projector(self.text.width, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
         self.npr_text = None
@@ -139,14 +152,16 @@ class PGSeg(nn.Module):
             options = {"detach_tokens": False, **config.npr_text}  # or nothing would train the projection of the words
             options = {"num_prototypes": config.image.groups[-1], **options}
             self.npr_text = GMMPrototypeRegularizer(config.image.dim, **options)
-            self.word_projector = nn.Linear(config.text_width, config.image.dim)
+            self.word_projector = nn.Linear(self.text.width, config.image.dim)
 
         if config.nouns:
-            if not isinstance(self.text, WordBag):
-                raise ValueError('PGSeg: nouns needs text="words", whose vocabulary they are from')
-            if unknown := set(config.nouns) - set(config.vocabulary):
+            if isinstance(self.text, TextTransformer):
+                raise ValueError('PGSeg: nouns needs text="words" or "sentences"')
+            known = config.nouns if config.text == "sentences" else config.vocabulary
+            if unknown := set(config.nouns) - set(known):
                 raise ValueError(f"PGSeg: nouns that are not in the vocabulary: {', '.join(sorted(unknown))}")
             self.register_buffer("nouns", self.text.tokenize(config.nouns), persistent=False)
+            self.register_buffer("noun_pieces", self.text.pieces(config.nouns), persistent=False)
 
     def forward(self, images: Tensor, tokens: Tensor) -> PGSegOutput:
         """Compute the losses of pictures ``[B, 3, H, W]`` and the tokens ``[B, T]`` of their texts."""
@@ -177,7 +192,7 @@ class PGSeg(nn.Module):
         nouns, _ = self.encode_text(self.nouns)
         cosines = unit(self.image_projector(groups).float()) @ unit(nouns.float()).T
         logits = (scale * cosines).logsumexp(1)
-        there = (tokens.unsqueeze(-1) == self.nouns.squeeze(-1)).any(1)
+        there = contains(tokens, self.noun_pieces)
         absent = logits.masked_fill(there, -torch.inf).logsumexp(1, keepdim=True)
         terms = F.softplus(absent - logits) * there
         return (terms.sum(1) / there.sum(1).clamp_min(1)).mean()
@@ -228,6 +243,25 @@ def _projector(inputs: int, config: PGSegConfig) -> nn.Module:
     if config.hidden:
         return ProjectionMLP(inputs, config.embed_dim, config.hidden)
     return nn.Linear(inputs, config.embed_dim)
+
+
+def contains(tokens: Tensor, pieces: Tensor) -> Tensor:
+    """Whether the pieces of a name stand in a text, one behind the other.
+
+    Args:
+        tokens: ``[B, T]``, 0 = none.
+        pieces: ``[N, L]``, 0 behind the last piece of a name.
+
+    Returns:
+        ``[B, N]`` bool.
+
+    Example:
+        >>> contains(torch.tensor([[5, 7, 8, 0]]), torch.tensor([[7, 8], [8, 7], [5, 0]])).tolist()
+        [[True, False, True]]
+    """
+    length = pieces.shape[1]
+    windows = F.pad(tokens, (0, length - 1)).unfold(1, length, 1).unsqueeze(2)
+    return ((windows == pieces) | (pieces == 0)).all(-1).any(1)
 
 
 def _fingerprint(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text encoders: a bag of words that needs nothing, and CLIP's transformer from open_clip."""
+"""Text encoders: a bag of words that needs nothing, MiniLM as it is, and CLIP's transformer from open_clip."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from protoseg.models.sentences import minilm
 from protoseg.utils.extras import require
 
-__all__ = ["TextTokens", "TextTransformer", "WordBag", "vocabulary"]
+__all__ = ["SentenceTokens", "TextTokens", "TextTransformer", "WordBag", "vocabulary"]
 
 # Words that name nothing that can be seen.
 STOP_WORDS = frozenset(
@@ -90,6 +91,10 @@ class WordBag(nn.Module):
         longest = max(1, *map(len, rows))
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
+    def pieces(self, texts: Sequence[str]) -> Tensor:
+        """Return what of :meth:`tokenize` a text's words become within a longer one: here the same."""
+        return self.tokenize(texts)
+
     def unknown(self, text: str) -> list[str]:
         """The words of a text that name something and are not in the vocabulary.
 
@@ -104,6 +109,43 @@ class WordBag(nn.Module):
         words, mask = self.embedding(tokens), tokens > 0
         sentence = words.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         return TextTokens(sentence, words, mask)
+
+
+class SentenceTokens(nn.Module):
+    """MiniLM as it was trained, on sentences of all kinds: it learns nothing more, and knows names that no caption has.
+
+    Raises:
+        ImportError: A package of the extra pocket is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self._pieces = minilm("SentenceTokens")
+        self.encoder.requires_grad_(False)
+        self.width = self.encoder.width
+
+    def train(self, mode: bool = True) -> SentenceTokens:
+        """Stay in evaluation mode: what is not trained has no dropout."""
+        return super().train(False)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return MiniLM's tokens ``[B, T]``, 0 = none."""
+        return self._pieces(list(texts))
+
+    def pieces(self, texts: Sequence[str]) -> Tensor:
+        """Return what of :meth:`tokenize` a text's words become within a longer one: ``[B, T]``, without the marks."""
+        rows = [torch.tensor(self._pieces.encode(text)) for text in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> TextTokens:
+        """Encode ``[B, T]``."""
+        states = self.encoder.states(tokens)
+        # The words lie between the marks of beginning and end.
+        there = tokens > 0
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        words = (place > 0) & (place < there.sum(1, keepdim=True) - 1)
+        return TextTokens(self.encoder.mean(states, tokens), states, words)
 
 
 class TextTransformer(nn.Module):

@@ -111,9 +111,9 @@ def group_maps(encoded: Encoded, size: Sequence[int] | None = None) -> Tensor:
 def segment(
     model: PGSeg,
     image: Tensor,
-    class_names: Sequence[str | Sequence[str]],
+    class_names: Sequence[str | Sequence[str]] | Tensor,
     *,
-    background_names: Sequence[str | Sequence[str]] = (),
+    background_names: Sequence[str | Sequence[str]] | Tensor = (),
     background_threshold: float = 0.95,
     templates: Sequence[str] = TEMPLATES,
     score: Score = "softmax",
@@ -135,8 +135,9 @@ def segment(
     Args:
         model: The network; it is asked in evaluation mode, and left as it was.
         image: ``[3, H, W]`` uint8, RGB.
-        class_names: A name per class, or several that mean the same.
-        background_names: Names that count as background where they win; they take part in the softmax.
+        class_names: A name per class, or several that mean the same; or what :func:`class_embeddings` made of them,
+            which saves reading them again for each of many pictures.
+        background_names: Names that count as background where they win, in either form; they take part in the softmax.
         background_threshold: In ``[0, 1]``. Published for ``"softmax"``: 0.95 on VOC, 0.85 on COCO, 0.36 on Context.
         templates: Sentences with ``{}`` for the name.
         score: What groups are scored with.
@@ -160,7 +161,9 @@ def segment(
         raise TypeError(f"segment: image must be uint8 in 0..255, got {image.dtype}")
 
     device = next(model.parameters()).device
-    texts = class_embeddings(model, [*class_names, *background_names], templates)
+    texts = _embedded(model, class_names, templates)
+    if len(background_names):
+        texts = torch.cat([texts, _embedded(model, background_names, templates)])
     # A window of whole patches: what hangs over would not be seen, and the map would be off.
     patch = model.config.image.patch_size
     window = max(1, round((short_side or model.config.test_side) / patch)) * patch
@@ -193,6 +196,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _embedded(model: PGSeg, names: Sequence[str | Sequence[str]] | Tensor, templates: Sequence[str]) -> Tensor:
+    return names if isinstance(names, Tensor) else class_embeddings(model, names, templates)
 
 
 def _scores(model: PGSeg, images: Tensor, texts: Tensor, score: Score, top: int) -> Tensor:
