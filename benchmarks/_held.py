@@ -1,21 +1,29 @@
-"""What runs of one process need not do twice: draw a scene, and ask a frozen network for the same view or text."""
+"""What runs of one process need not do twice: draw a scene, and ask a frozen network for the same view or text.
+
+Views are random. So that they come again, each picture has four of them, the same for every seed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protoseg.clip import Dense, FrozenCLIP
 from protoseg.data import ScenePairs
 from protoseg.models.pgseg.grouping import BackboneStem
 from protoseg.models.pgseg.text import SentenceTokens, TextTokens
 from protoseg.recipes import pgseg_data
+from protoseg.recipes.pictures import Crops
 
 VIEWS = 4  # of a picture
 SCENES: dict[str, Any] = {}  # by name, as all runs of a process have pictures of the same size
 MAPS: dict[bytes, Tensor] = {}
+LAYERS: dict[bytes, list[Tensor]] = {}
 TEXTS: dict[tuple[int, ...], TextTokens] = {}
 
 
@@ -31,16 +39,54 @@ class HeldScenes(ScenePairs):
 
 
 class FewViews(pgseg_data.Views):
-    """Views of which each picture has four, the same for every seed, so that they come again."""
+    """Few views of pictures with sentences."""
 
     def __getitem__(self, index: int) -> pgseg_data.View:
         """Give the view of this epoch."""
-        seed, epoch = self.seed, self.epoch
-        self.seed, self.epoch = 0, epoch % VIEWS
-        try:
+        with few(self):
             return super().__getitem__(index)
-        finally:
-            self.seed, self.epoch = seed, epoch
+
+
+class FewCrops(Crops):
+    """Few crops of pictures with masks."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Give the crop of this epoch."""
+        with few(self):
+            return super().__getitem__(index)
+
+
+@contextlib.contextmanager
+def few(views: pgseg_data.Views | Crops) -> Iterator[None]:
+    """Have views be those of the first seed and one of the first epochs."""
+    seed, epoch = views.seed, views.epoch
+    views.seed, views.epoch = 0, epoch % VIEWS
+    try:
+        yield
+    finally:
+        views.seed, views.epoch = seed, epoch
+
+
+def name_of(picture: Tensor) -> bytes:
+    """A name that equal pictures share."""
+    return hashlib.sha256(str(picture.shape).encode() + picture.numpy().tobytes()).digest()
+
+
+class HeldCLIP(FrozenCLIP):
+    """A model that is asked once for the layers of each view, which are kept in half precision."""
+
+    def encode(self, images: Tensor, **options: Any) -> Dense:
+        """Encode pictures, new ones and known ones; of these the layers alone."""
+        if not options.get("layers"):
+            return super().encode(images, **options)
+        names = [name_of(each) for each in images]
+        new = [place for place, name in enumerate(names) if name not in LAYERS]
+        if new:
+            found = super().encode(images[new], **options)
+            for row, place in enumerate(new):
+                LAYERS[names[place]] = [each[row].half() for each in (found.pooled, *found.layers)]
+        pooled, *layers = (torch.stack(each).float() for each in zip(*(LAYERS[name] for name in names), strict=True))
+        return Dense(images.new_zeros(0), pooled, None, tuple(layers))
 
 
 class HeldStem(BackboneStem):
@@ -50,8 +96,7 @@ class HeldStem(BackboneStem):
         """Give the maps of pictures, new ones and known ones."""
         if not self.frozen:
             return super().see(images)
-        name = self.backbone.name.encode()
-        keys = [hashlib.sha256(name + str(each.shape).encode() + each.numpy().tobytes()).digest() for each in images]
+        keys = [self.backbone.name.encode() + name_of(each) for each in images]
         new = [place for place, key in enumerate(keys) if key not in MAPS]
         if new:
             for place, found in zip(new, super().see(images[new]), strict=True):

@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy_vpl.py                                        # on made scenes
     python benchmarks/accuracy_vpl.py --data ../shared/data/msrc15 --sets maps -- --size 96 --clip-size 96
-    python benchmarks/accuracy_vpl.py --data ../shared/data/voc20 --clip pocket   # no runs: maps from kept features
+    python benchmarks/accuracy_vpl.py --data ../shared/data/voc20 --clip pocket --sets prompts  # maps of kept features
+    python benchmarks/accuracy_vpl.py --data ../shared/data/voc20 --clip pocket --sets contrast -- --epochs 6
 
 Runs ``protoseg train vpl`` for every variant and seed, ``--jobs`` runs at a time of one thread each; finished runs
 in ``--runs`` are kept. Writes ``accuracy-vpl-NAME.json`` and ``.md``.
@@ -203,7 +204,19 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
         write(page, summary, _pocket.markdown(name, summary))
 
     folder = args.runs / f"{name}-pocket"
-    summary: dict[str, Any] = _pocket.run(splits, command, folder, "prompts" in args.sets, save)
+    summary: dict[str, Any] = {}
+    if {"maps", "prompts"} & set(args.sets):
+        summary = _pocket.run(splits, command, folder, "prompts" in args.sets, save)
+    if "contrast" in args.sets:
+        import _decoders
+
+        found = _decoders.run(args.data, folder / "decoders", args.seeds, args.flags)
+        flags = ["--", *args.flags] if args.flags else []
+        asked = ["python benchmarks/accuracy_vpl.py --clip pocket --data", shown, "--sets contrast", *flags]
+        found["command"] = " ".join(asked)
+        page = args.output / f"accuracy-vpl-{name}-pocket-decoder"
+        write(page, found, _decoders.markdown(name, found))
+        summary["decoders"] = found
     return summary
 
 
