@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from sheets import sheet
 from skimage import data
 from torch import Tensor
 
@@ -38,7 +38,6 @@ PACKAGE = "efficientnet-lite0"
 STRIDE = 16
 SHORT_SIDE = 288
 SIZE = (180, 120)  # of a picture in the strip
-HEADING = 24
 
 
 def photograph(name: str) -> Tensor:
@@ -102,23 +101,6 @@ def mask_of(layer: Tensor, image: Tensor) -> Tensor:
     return refined[0].argmax(0)
 
 
-def strip(rows: Sequence[Sequence[Tensor]], headings: Sequence[str]) -> Image.Image:
-    """Lay pictures ``[3, H, W]`` out in rows, with a heading for each column; higher ones lose their lower part."""
-    width, height = SIZE
-    sheet = Image.new("RGB", (width * len(headings), HEADING + height * len(rows)), "white")
-    drawing = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
-
-    for column, heading in enumerate(headings):
-        drawing.text((width * (column + 0.5), HEADING / 2), heading, "black", font, "mm")
-    for number, row in enumerate(rows):
-        for column, image in enumerate(row):
-            shown = image[:, : round(image.shape[-1] * height / width)]
-            picture = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture.resize(SIZE, Image.Resampling.LANCZOS), (width * column, HEADING + height * number))
-    return sheet
-
-
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write ``strip.jpg``."""
@@ -131,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for image, maps in zip(images, maps_of(images), strict=True):
         cam, pacam = (enlarge(each, image) for each in maps)
         rows.append([image, overlay(image, cam), overlay(image, pacam), overlay(image, mask_of(pacam, image))])
-    strip(rows, ["image", "CAM", "PACAM", "mask"]).save(args.output, quality=85)
+    strip = sheet(rows, SIZE, headings=["image", "CAM", "PACAM", "mask"])
+    strip.save(args.output, quality=85, optimize=True)
 
 
 if __name__ == "__main__":
