@@ -271,6 +271,14 @@ def show_pgseg(folder: Path) -> Shown:
     return Shown(examples, nearest_patches(shares, pictures, encoded.grid), [prototypes, groups])
 
 
+@torch.no_grad()
+def show_prototypes(folder: Path) -> dict[str, list[Tensor]]:
+    """The patches nearest to the prototypes of a run of PGSeg."""
+    model, args, pictures = load_pgseg(folder)
+    encoded, shares = patch_shares(model, args, pictures)
+    return nearest_patches(shares, pictures, encoded.grid)
+
+
 def patch_shares(model: PGSeg, args: PGSegOptions, pictures: Pictures) -> tuple[Encoded, Tensor]:
     """What the network makes of all pictures, and the share ``[N, L, K]`` of each patch in the prototypes."""
     pixels = torch.cat([normalized(sample.image, (args.size, args.size)) for sample in pictures])
@@ -345,7 +353,7 @@ def write_nearest(found: Mapping[str, Sequence[Tensor]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write ``gallery-METHOD-examples.jpg``, ``-nearest.jpg`` and ``-usage.png``, of PGSeg ``-collapse.png`` too."""
+    """Write ``gallery-METHOD-examples.jpg``, ``-nearest.jpg`` and ``-usage.png``, and two more of PGSeg."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/gallery"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "_static")
@@ -358,8 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_examples(shown.examples, args.output / f"gallery-{method}-examples.jpg")
         write_nearest(shown.nearest, args.output / f"gallery-{method}-nearest.jpg")
         write_bars(shown.usage, args.output / f"gallery-{method}-usage.png")
+
+    # Prototypes of PGSeg that collapse, and that do not.
     runs = {name: args.runs / folder for name, folder in BANDWIDTHS.items()}
     write_curves(collapse(runs), args.output / "gallery-pgseg-collapse.png", "epoch")
+    write_nearest(show_prototypes(args.runs / "pgseg-0.1"), args.output / "gallery-pgseg-apart.jpg")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def test_the_script_writes_what_the_page_shows(gallery: Any, tmp_path: Path, mon
     shown = gallery.Shown([example], {"prototype": [image]}, [bars])
     for method in ("cpal", "vpl", "pgseg"):
         monkeypatch.setattr(gallery, f"show_{method}", lambda folder: shown)
+    monkeypatch.setattr(gallery, "show_prototypes", lambda folder: shown.nearest)
     monkeypatch.setattr(gallery, "make", lambda folder, command: None)
     history = [{"prototypes": {"image 1 prototype cosine": 0.5, "image 1 prototypes in use": 7.0}}] * 2
     monkeypatch.setattr(gallery, "read_json", lambda path: {"history": history})
