@@ -58,9 +58,7 @@ def write_bars(panels: Sequence[Bars], path: Path) -> None:
                 axis.bar(places + width * number, heights, width, label=name, color=COLORS[number])
 
             axis.set_xticks(places + width * (len(panel.heights) - 1) / 2, panel.names)
-            axis.set_title(panel.title, loc="left", pad=36 if len(panel.heights) > 1 else None)
-            if len(panel.heights) > 1:
-                axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1, ncols=3)
+            _head(axis, panel.title, legend=len(panel.heights) > 1)
         figure.savefig(path)
 
 
@@ -68,15 +66,21 @@ def write_curves(panels: Sequence[Curves], path: Path, x_label: str) -> None:
     """Draw panels of curves from 0, one below the other; the first one says what the colors mean."""
     with rc_context(STYLE):
         figure, axes = _blank(len(panels))
-        for axis, panel in zip(axes, panels, strict=True):
+        for number, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             for color, (name, values) in zip(COLORS, panel.values.items(), strict=False):
                 axis.plot(range(1, len(values) + 1), values, "o-", label=name, color=color, linewidth=2.5)
 
             axis.set_ylim(0, 1.1 * max(map(max, panel.values.values())))
-            axis.set_title(panel.title, loc="left")
-        axes[0].legend()
+            _head(axis, panel.title, legend=number == 0)
         axes[-1].set_xlabel(x_label)
         figure.savefig(path)
+
+
+def _head(axis: Any, title: str, *, legend: bool) -> None:
+    """Write the title above a panel and, between the two, what the colors mean."""
+    axis.set_title(title, loc="left", pad=36 if legend else None)
+    if legend:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1, ncols=len(COLORS))
 
 
 def _blank(panels: int) -> tuple[Figure, list[Any]]:
