@@ -1,10 +1,11 @@
-"""Make the strip of pictures of README and site: ``python docs/make_pictures.py``, with the extras recipes and docs.
+"""Make the photographs of README and site: ``python docs/make_pictures.py``, with the extras recipes and docs.
 
 The photographs are those of scikit-image's wheel, whose notes say where they are from: ``astronaut`` (NASA) and
 ``rocket`` (SpaceX) are in the public domain, ``chelsea`` (Stefan van der Walt) and ``coffee`` (Rachel Michetti) are
 CC0. Nothing is trained. The CAM is that of EfficientNet-Lite0 with its ImageNet weights, for the classes of ImageNet
 that make up the picture's tag. PACAM is that of a bank filled with these four photographs and no other; which
-map it compares and how many contexts background has was chosen by looking at them.
+map it compares and how many contexts background has was chosen by looking at them. Masks by names are those of the
+pocket model, with the defaults of ``protoseg segment``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from sheets import sheet
 from skimage import data
 from torch import Tensor
 
 from protoseg import ContextPrototypeBank
+from protoseg.clip import BACKGROUND, FrozenCLIP, background_names, segment
 from protoseg.functional import multi_scale, pixel_adaptive_refine, with_background
 from protoseg.models.weights import find_package, read_package
 from protoseg.report import overlay
@@ -34,11 +37,11 @@ TAGS = {
     "rocket": [657, 744, 812],
     "astronaut": [657, 744, 812],
 }
+NAMES = ["cat", "cup", "rocket", "person"]
 PACKAGE = "efficientnet-lite0"
 STRIDE = 16
 SHORT_SIDE = 288
 SIZE = (180, 120)  # of a picture in the strip
-HEADING = 24
 
 
 def photograph(name: str) -> Tensor:
@@ -102,36 +105,38 @@ def mask_of(layer: Tensor, image: Tensor) -> Tensor:
     return refined[0].argmax(0)
 
 
-def strip(rows: Sequence[Sequence[Tensor]], headings: Sequence[str]) -> Image.Image:
-    """Lay pictures ``[3, H, W]`` out in rows, with a heading for each column; higher ones lose their lower part."""
-    width, height = SIZE
-    sheet = Image.new("RGB", (width * len(headings), HEADING + height * len(rows)), "white")
-    drawing = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
-
-    for column, heading in enumerate(headings):
-        drawing.text((width * (column + 0.5), HEADING / 2), heading, "black", font, "mm")
-    for number, row in enumerate(rows):
-        for column, image in enumerate(row):
-            shown = image[:, : round(image.shape[-1] * height / width)]
-            picture = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture.resize(SIZE, Image.Resampling.LANCZOS), (width * column, HEADING + height * number))
-    return sheet
-
-
-@torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write ``strip.jpg``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "_static" / "strip.jpg")
-    args = parser.parse_args(argv)
-
-    images = [photograph(name) for name in TAGS]
+def strip(images: Sequence[Tensor]) -> Image.Image:
+    """Each photograph with the CAM, PACAM and the mask for its tag."""
     rows = []
     for image, maps in zip(images, maps_of(images), strict=True):
         cam, pacam = (enlarge(each, image) for each in maps)
         rows.append([image, overlay(image, cam), overlay(image, pacam), overlay(image, mask_of(pacam, image))])
-    strip(rows, ["image", "CAM", "PACAM", "mask"]).save(args.output, quality=85)
+    return sheet(rows, SIZE, headings=["image", "CAM", "PACAM", "mask"])
+
+
+def by_names(images: Sequence[Tensor]) -> Image.Image:
+    """Each photograph with its mask below, and the names above that the model found of those it was given."""
+    clip = FrozenCLIP.pocket()
+    classes = clip.text_prototypes(NAMES)
+    names, _ = background_names(NAMES, BACKGROUND)
+    background = clip.text_prototypes(names)
+    found = [segment(clip, image, classes, background, attentions=0, short_side=SHORT_SIDE) for image in images]
+
+    masks = [overlay(image, each.mask) for image, each in zip(images, found, strict=True)]
+    seen = [[name for name, there in zip(NAMES, each.labels.tolist(), strict=True) if there] for each in found]
+    return sheet([images, masks], SIZE, headings=[", ".join(each) or "nothing" for each in seen])
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write ``strip.jpg`` and ``names.jpg``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "_static")
+    args = parser.parse_args(argv)
+
+    images = [photograph(name) for name in TAGS]
+    strip(images).save(args.output / "strip.jpg", quality=85, optimize=True)
+    by_names(images).save(args.output / "names.jpg", quality=85, optimize=True)
 
 
 if __name__ == "__main__":
