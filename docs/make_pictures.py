@@ -38,7 +38,7 @@ PACKAGE = "efficientnet-lite0"
 STRIDE = 16
 SHORT_SIDE = 288
 SIZE = (180, 120)  # of a picture in the strip
-HEADING = 24
+HEADING = 32
 
 
 def photograph(name: str) -> Tensor:
@@ -107,7 +107,7 @@ def strip(rows: Sequence[Sequence[Tensor]], headings: Sequence[str]) -> Image.Im
     width, height = SIZE
     sheet = Image.new("RGB", (width * len(headings), HEADING + height * len(rows)), "white")
     drawing = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
+    font = ImageFont.load_default(24)
 
     for column, heading in enumerate(headings):
         drawing.text((width * (column + 0.5), HEADING / 2), heading, "black", font, "mm")
