@@ -53,10 +53,12 @@ def copy_pages(app: Sphinx) -> None:
     shutil.copytree(ROOT / "benchmarks", Path(app.srcdir, "benchmarks"), dirs_exist_ok=True, ignore=only_pages)
 
 
-def lead_to_copies(app: Sphinx, page: str, source: list[str]) -> None:
-    """Make links that are right in the repository lead to the copies."""
+def adapt(app: Sphinx, page: str, source: list[str]) -> None:
+    """Make links that are right in the repository lead to the copies, and what belongs together stay together."""
     text = re.sub(r"\]\(\.\./benchmarks/results/?\)", "](../benchmarks/results/README.md)", source[0])
     text = re.sub(r"\]\(\.\./((?:\.\./)*)(?:examples/(notebooks)|(benchmarks))/", r"](\1\2\3/", text)
+    # A mean and its spread stay on one line.
+    text = re.sub(r"(\d) ± (\d)", "\\1\u00a0±\u00a0\\2", text)
     # Too many for the menu, and full of words that people search for; the index of results leads to each.
     aside = page.startswith("benchmarks/results/")
     source[0] = f"---\norphan: true\nnosearch: true\n---\n{text}" if aside else text
@@ -73,5 +75,5 @@ def skip(app: Sphinx, what: str, name: str, item: object, skipped: bool, options
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
     app.connect("builder-inited", copy_pages)
-    app.connect("source-read", lead_to_copies)
+    app.connect("source-read", adapt)
     app.connect("autodoc-skip-member", skip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from importlib.metadata import requires
 from pathlib import Path
@@ -45,6 +46,30 @@ def test_the_conda_recipe_has_the_same_dependencies() -> None:
         name, least = re.fullmatch(r"([\w-]+)(>=[\d.]+)", requirement.replace(" ", "")).groups()  # type: ignore[union-attr]
         needed.add(("pytorch" if name == "torch" else name, least))
     assert listed == needed
+
+
+def test_the_conda_recipe_renders() -> None:
+    """What conda-build fills in is there, and what the recipe tests and starts exists."""
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    jinja2 = pytest.importorskip("jinja2", reason="the extra recipes is not installed")
+    yaml = pytest.importorskip("yaml", reason="the extra recipes is not installed")
+
+    def load_file_data(path: str, from_recipe_dir: bool) -> Any:
+        assert from_recipe_dir
+        return tomllib.loads((ROOT / "conda" / path).read_text(encoding="utf-8"))
+
+    template = jinja2.Template(
+        (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
+    )
+    recipe = yaml.safe_load(template.render(load_file_data=load_file_data, PYTHON="python"))
+    assert recipe["package"] == {"name": "protoseg", "version": protoseg.__version__}
+    assert (ROOT / recipe["about"]["license_file"]).exists()
+
+    for name in recipe["test"]["imports"]:
+        importlib.import_module(name)
+    for script in recipe["build"]["entry_points"]:
+        module, function = script.split(" = ")[1].split(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,11 @@ def test_the_messages_of_the_errors_page_are_the_codes() -> None:
         unknown += [piece for piece in pieces if not any(piece in string for string in said)]
     assert len(messages) > 20
     assert not unknown
+
+
+def test_the_drawn_layers_are_those_of_the_contract(tmp_path: Path) -> None:
+    pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    script, drawn = ROOT / "docs" / "make_layers.py", tmp_path / "layers.svg"
+    subprocess.run([sys.executable, str(script), "--output", str(drawn)], check=True)
+    committed = ROOT / "docs" / "_static" / "layers.svg"
+    assert drawn.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
