@@ -110,8 +110,8 @@ def test_impossible_sizes() -> None:
 
 
 BACKBONE = ImageConfig(
-    image_size=32, stem="backbone", backbone="test_efficientnet", dim=16, heads=2, depths=(0, 0), groups=(3,),
-    unit="slots", drop_path=0.0,
+    image_size=32, stem="backbone", backbone="test_efficientnet", weights=None, dim=16, heads=2, depths=(0, 0),
+    groups=(3,), unit="slots", drop_path=0.0,
 )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def test_words_of_a_sentence_are_what_lies_between_the_marks(text: SentenceToken
         (alone,), _, _ = text(text.tokenize([sentence]))
         torch.testing.assert_close(out.sentence[row], alone)
     assert not any(each.requires_grad for each in text.parameters())
+    assert text(text.tokenize(["a cat " * 400])).words.shape == (1, 512, text.width)
 
 
 def test_a_name_that_no_caption_has_lies_near_what_is_like_it(text: SentenceTokens) -> None:

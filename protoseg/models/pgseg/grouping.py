@@ -35,7 +35,7 @@ class ImageConfig:
             activation, which learn from scratch on few pictures; ``"backbone"``, the last map of a trained network,
             whose tokens mean something from the start.
         backbone: timm's name of that network; ``patch_size`` is its stride.
-        weights: What :class:`protoseg.models.backbones.TimmBackbone` takes.
+        weights: Its weights, as :class:`protoseg.models.backbones.TimmBackbone` takes them; None for random ones.
         frozen: Whether the backbone stays as it is. Its statistics do so in any case.
         dim: Channels of a token.
         heads: Of each attention.
@@ -60,7 +60,7 @@ class ImageConfig:
     patch_size: int = 16
     stem: Literal["patch", "conv", "backbone"] = "patch"
     backbone: str = "tf_efficientnet_lite0"
-    weights: str | None = None
+    weights: str | None = "package:efficientnet-lite0"
     frozen: bool = True
     dim: int = 384
     heads: int = 6
@@ -89,7 +89,6 @@ PRESETS: dict[str, ImageConfig] = {
     ),
     "lite0": ImageConfig(
         stem="backbone",
-        weights="package:efficientnet-lite0",
         dim=128,
         heads=4,
         depths=(1, 0),

@@ -34,7 +34,7 @@ class PGSegConfig:
     Attributes:
         image: Sizes of the image encoder.
         text: ``"transformer"``, CLIP's (the paper); ``"words"``, a bag of words; ``"sentences"``, MiniLM as it is.
-        text_width: Channels of a word.
+        text_width: Channels of a word; MiniLM has its own.
         text_layers: Blocks of the transformer.
         embed_dim: Channels of the common space.
         hidden: Channels inside the projections to it; 0: they are linear.
@@ -72,7 +72,6 @@ PRESETS: dict[str, PGSegConfig] = {
     "lite0": PGSegConfig(
         image=IMAGE_PRESETS["lite0"],
         text="sentences",
-        text_width=384,
         embed_dim=128,
         hidden=0,
         npr_text={"bandwidth": 0.3},

@@ -129,8 +129,8 @@ class SentenceTokens(nn.Module):
         return super().train(False)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return MiniLM's tokens ``[B, T]``, 0 = none."""
-        return self._pieces(list(texts))
+        """Return MiniLM's tokens ``[B, T]``, 0 = none; of a text that is longer than it can read, the first 512."""
+        return self._pieces(list(texts))[:, : self._pieces.context_length]
 
     def pieces(self, texts: Sequence[str]) -> Tensor:
         """Return what of :meth:`tokenize` a text's words become within a longer one: ``[B, T]``, without the marks."""
