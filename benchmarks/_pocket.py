@@ -217,10 +217,15 @@ class Bench:
 
 
 def run(
-    splits: dict[str, Pictures], command: str, folder: Path, options: bool, save: Callable[[dict[str, Any]], None]
+    clip: FrozenCLIP,
+    splits: dict[str, Pictures],
+    command: str,
+    folder: Path,
+    options: bool,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """All tables of a data set; ``save`` is told after each of them."""
-    bench = Bench(FrozenCLIP.pocket(), splits, folder / "features")
+    bench = Bench(clip, splits, folder / "features")
     summary: dict[str, Any] = {"command": command, "trivial": trivial(splits["eval"], splits["eval"])}
     # A quarter of a large set is enough to score and choose on.
     every = 4 if len(splits["train"]) > 1000 else 1

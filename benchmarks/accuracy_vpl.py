@@ -25,6 +25,7 @@ from accuracy import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPS = ("text", "text_centered", "vision", "vision_affinity")
+NETWORK = "efficientnet-lite0"
 
 
 class Variant(NamedTuple):
@@ -189,6 +190,7 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
     import _pocket
     import torch
 
+    from protoseg.clip import FrozenCLIP
     from protoseg.data import VOCFolder
     from protoseg.recipes.files import versions
     from protoseg.recipes.pictures import Pictures
@@ -196,17 +198,22 @@ def pocket(name: str, shown: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     splits = {key: Pictures(VOCFolder(args.data, split)) for key, split in (("train", "train"), ("eval", "val"))}
     sets = [] if set(args.sets) == set(VARIANTS) else ["--sets", *args.sets]
+    where = f"{name}-pocket"
+    if args.network != NETWORK:
+        where += f"-{args.network}"
+        sets = ["--network", args.network, *sets]
     command = " ".join(["python benchmarks/accuracy_vpl.py --clip pocket --data", shown, *sets])
-    page = args.output / f"accuracy-vpl-{name}-pocket"
+    page = args.output / f"accuracy-vpl-{where}"
 
     def save(summary: dict[str, Any]) -> None:
         summary["versions"] = versions("protoseg", "torch", "timm", "transformers", "numpy")
         write(page, summary, _pocket.markdown(name, summary))
 
-    folder = args.runs / f"{name}-pocket"
+    folder = args.runs / where
     summary: dict[str, Any] = {}
     if {"maps", "prompts"} & set(args.sets):
-        summary = _pocket.run(splits, command, folder, "prompts" in args.sets, save)
+        clip = FrozenCLIP.pocket(args.network)
+        summary = _pocket.run(clip, splits, command, folder, "prompts" in args.sets, save)
     if "contrast" in args.sets:
         import _decoders
 
@@ -232,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
     parser.add_argument("--clip", choices=("small", "pocket"), default="small", help="whose maps")
+    parser.add_argument("--network", default=NETWORK, help="what sees for the pocket model; its maps alone")
     parser.add_argument("--sets", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
