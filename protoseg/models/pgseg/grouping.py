@@ -95,7 +95,6 @@ PRESETS: dict[str, ImageConfig] = {
         groups=(8,),
         unit="slots",
         drop_path=0.0,
-        npr={"bandwidth": 0.3},
     ),
     "vit-s": ImageConfig(),
 }

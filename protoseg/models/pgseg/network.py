@@ -74,7 +74,6 @@ PRESETS: dict[str, PGSegConfig] = {
         text="sentences",
         embed_dim=128,
         hidden=0,
-        npr_text={"bandwidth": 0.3},
         test_side=224,
     ),
     "vit-s": PGSegConfig(image=IMAGE_PRESETS["vit-s"]),
