@@ -3,7 +3,7 @@
     python benchmarks/accuracy_pgseg.py --sets npr remedies       # on made scenes
     python benchmarks/accuracy_pgseg.py --sets parts --seeds 0 1 2
     python benchmarks/accuracy_pgseg.py --data ../shared/data/msrc21 --sets npr -- --size 96 --epochs 80
-    python benchmarks/accuracy_pgseg.py --data ../shared/data/voc20 --sets npr settings --judge ../shared/data/msrc15 \
+    python benchmarks/accuracy_pgseg.py --data ../shared/data/voc20 --sets npr --judge ../shared/data/msrc15 \
         -- --preset lite0
 
 Runs ``protoseg train pgseg`` for every variant and seed with the same number of steps, ``--jobs`` runs at a time of
@@ -25,11 +25,13 @@ from typing import Any
 
 from accuracy import show, spread, table
 
+SEEDS = [0, 1, 2, 3]
 ROOT = Path(__file__).resolve().parents[1]
 NARROW = ["--npr-options", "bandwidth=0.1"]  # the class's default, and that of "lite0"
 WIDE = ["--npr-options", "bandwidth=0.3"]  # that of "tiny"
 # Flags of the trainer by variant. "npr" is what the paper compares; "remedies" change how both regularizers work;
-# "settings" are what the paper leaves open; "parts" put one part of the paper in the place of what "tiny" has.
+# "bandwidth" and "kernel" are what the paper leaves open; "parts" put one part of the paper in the place of what "tiny"
+# has.
 SETS: dict[str, dict[str, list[str]]] = {
     "npr": {name: ["--npr", name] for name in ("none", "image", "text", "both")},
     "remedies": {
@@ -42,11 +44,13 @@ SETS: dict[str, dict[str, list[str]]] = {
         "0.1, the same of tokens at the unit": [*NARROW, "--network", "npr_source=unit", "npr_target=means"],
         "0.1, two prototypes a group": [*NARROW, "num_prototypes=16"],
     },
-    "settings": {
+    "bandwidth": {
         "image, bandwidth 0.3": ["--npr", "image", *WIDE],
         "text, bandwidth 0.3": ["--npr", "text", *WIDE],
         "both, bandwidth 0.3": ["--npr", "both", *WIDE],
         "image, bandwidth 0.03": ["--npr", "image", "--npr-options", "bandwidth=0.03"],
+    },
+    "kernel": {
         "image, gaussian kernel": ["--npr", "image", "--npr-options", "kernel=gaussian"],
         "image, cosine kernel": ["--npr", "image", "--npr-options", "kernel=cosine"],
         "image, 4 prototypes": ["--npr", "image", "--npr-options", "num_prototypes=4"],
@@ -131,7 +135,7 @@ def path_of(folder: Path, name: str, seed: int) -> Path:
 
 
 def markdown(
-    name: str, preset: str, command: str, seeds: Sequence[int], summary: dict[str, Any], sets: Sequence[str]
+    name: str, preset: str, command: str, seeds: Sequence[int], summary: dict[str, Any], sets: dict[str, list[str]]
 ) -> str:
     """The tables as a page."""
     text = f"# PGSeg (`{preset}`) on {name}\n\n`{command}`; mean ± standard deviation over seeds "
@@ -152,12 +156,12 @@ def _trivial(scores: dict[str, float]) -> str:
     return text + f"{scores['regions']:.3f}, a true tag in a centered disc {scores['disc']:.3f}.\n"
 
 
-def _tables(found: dict[str, dict[str, Any]], sets: Sequence[str]) -> str:
+def _tables(found: dict[str, dict[str, Any]], sets: dict[str, list[str]]) -> str:
     """A table for each set; every variant is compared with none, seed by seed."""
     text, plain = "", found.get("none")
-    for each in sets:
+    for each, variants in sets.items():
         rows = []
-        for variant in dict.fromkeys([*(["none"] if plain else []), *SETS[each]]):
+        for variant in dict.fromkeys([*(["none"] if plain else []), *variants]):
             figures, change = found[variant], "-"
             if plain and figures is not plain:
                 pairs = zip(figures["mIoU"]["values"], plain["mIoU"]["values"], strict=True)
@@ -172,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes", help="'scenes' or a VOC-layout folder")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--only", nargs="+", help="variants of these sets; all where none is named")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--judge", help="a VOC-layout folder of other pictures, to score each network on")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy-pgseg"), help="where the runs are kept")
@@ -183,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     name = Path(args.data).name
     preset = args.flags[args.flags.index("--preset") + 1] if "--preset" in args.flags else "tiny"
     where = name if preset == "tiny" else f"{name}-{preset}"
-    wanted = {variant: flags for each in args.sets for variant, flags in SETS[each].items()}
+    sets = {each: [variant for variant in SETS[each] if variant in (args.only or SETS[each])] for each in args.sets}
+    wanted = {variant: SETS[each][variant] for each, variants in sets.items() for variant in variants}
     jobs = [
         (
             path_of(args.runs / where, variant, seed),
@@ -203,13 +209,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         summary["judged"] = {Path(args.judge).name: summarize(args.runs / where, list(wanted), args.seeds, args.judge)}
         judge = ["--judge", shown(args.judge)]
     flags = ["--", *args.flags] if args.flags else []
-    asked = ["--data", shown(args.data), "--sets", *args.sets, *judge, *flags]
+    seeds = [] if args.seeds == SEEDS else ["--seeds", *map(str, args.seeds)]
+    only = ["--only", *args.only] if args.only else []
+    asked = ["--data", shown(args.data), "--sets", *args.sets, *only, *seeds, *judge, *flags]
     command = " ".join(["python benchmarks/accuracy_pgseg.py", *asked])
     summary |= {"command": command, "seeds": args.seeds}
     args.output.mkdir(parents=True, exist_ok=True)
     page = "-".join(["accuracy-pgseg", where, *args.sets])
     (args.output / f"{page}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    text = markdown(name, preset, command, args.seeds, summary, args.sets)
+    text = markdown(name, preset, command, args.seeds, summary, sets)
     (args.output / f"{page}.md").write_text(text, encoding="utf-8")
     return summary
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from protoseg import ContextPrototypeBank, VisionPrototypeLearner, attach
@@ -142,7 +143,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Histopathology": histopathology,
     "CLIP-ES": clip_es,
     "WeCLIP": weclip,
-    "torchvision and timm": lambda found: {"vit": Transformer(20, 384), "convnext": hosts.ConvNeXt(20, 320)},
+    "torchvision and timm": lambda found: {
+        "vit": Transformer(20, 384),
+        "convnext": hosts.ConvNeXt(20, 320),
+        "mobilenet": torchvision.models.mobilenet_v3_small(num_classes=20),
+    },
     "Hugging Face": lambda found: {"segformer": hosts.Segformer(20, 256), "dinov2": hosts.TwiceWide(20, 384)},
     "open_clip": lambda found: {"clip": hosts.CLIP(), "texts": F.normalize(torch.randn(20, 512), dim=-1)},
     "Lightning": lambda found: {"Classifier": Classifier},

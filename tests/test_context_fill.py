@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -155,3 +156,14 @@ def test_options_of_the_tests_are_all_there_are() -> None:
     assert set(OPTIONS) == {
         *(name for name in make().__init__.__kwdefaults__ if name not in ("check_values", "device")),  # type: ignore[misc]
     }
+
+
+def test_a_bank_that_found_nothing_to_store_says_so_and_why() -> None:
+    bank = ContextPrototypeBank(num_classes=2, dim=4)
+    nowhere = (torch.rand(3, 4, 5, 5), -torch.rand(3, 2, 5, 5), torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="nothing was stored of these pictures, as the CAM of their tags is"):
+        bank.fill([nowhere])
+    assert not bank.stored.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank.eval()(*nowhere)  # nobody is told to fill it who just did

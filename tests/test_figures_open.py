@@ -130,6 +130,35 @@ def parts(table: Table) -> None:
     assert cells(table) == expected
 
 
+def groups_on_msrc(table: Table) -> None:
+    variants = read("pgseg-msrc15-lite0-npr-bandwidth")["variants"]
+    assert cells(table) == {
+        row[0]: [text_of(variants[row[0]][key]) for key in GROUPS[:4]]
+        + [text_of(variants[row[0]][key], 2) for key in ("prototype cosine",) if variants[row[0]][key]["values"]]
+        for row in table.rows
+    }
+    assert {row[0] for row in table.rows} == set(variants)
+
+
+def groups_on_voc(table: Table) -> None:
+    content = read("pgseg-voc20-lite0-npr")
+    there = content["judged"]["msrc15"]["variants"]
+    assert cells(table) == {
+        row: [text_of(content["variants"][row][key]) for key in GROUPS[:4]]
+        + [text_of(there[row][key]) for key in ("mIoU", "group oracle")]
+        for row in content["variants"]
+    }
+
+
+def decoders(table: Table) -> None:
+    found = read("vpl-voc20-pocket-decoder")["decoders"]
+    expected = {}
+    for row, name in {"without regional contrast": "without", "with": "with"}.items():
+        keys = ("unseen, without tags", "unseen, with tags", "train, with tags")
+        expected[row] = [text_of(found[name][key]) for key in keys]
+    assert cells(table) == expected
+
+
 TRACED: dict[tuple[str, str], Callable[[Table], None]] = {
     (
         "docs/vpl.md",
@@ -150,6 +179,19 @@ TRACED: dict[tuple[str, str], Callable[[Table], None]] = {
         "docs/vpl.md",
         "prototypes on VOC | default, train | default, unseen | chosen, train | chosen, unseen",
     ): pocket("voc20"),
+    (
+        "docs/vpl.md",
+        "decoder on VOC | unseen, without tags | unseen, with tags | train, with tags",
+    ): decoders,
+    (
+        "docs/pgseg.md",
+        "`--npr`, MSRC-15 | mIoU | group oracle | redundancy | compactness | cosine of prototypes",
+    ): groups_on_msrc,
+    (
+        "docs/pgseg.md",
+        "`--npr`, VOC 2012 | mIoU | group oracle | redundancy | compactness | mIoU on MSRC-15 | "
+        "group oracle on MSRC-15",
+    ): groups_on_voc,
     (
         "docs/pgseg.md",
         "`--npr` | mIoU | group oracle | redundancy | compactness | groups in use",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def test_an_earlier_run_is_kept_unless_asked(pictures: Path, tmp_path: Path) -> 
     output = tmp_path / "out"
     recipe.main([str(pictures), *FLAGS, "--output", str(output)])
     before = masks(output)
-    with pytest.raises(SystemExit, match=r"holds results .* say --overwrite"):
+    with pytest.raises(SystemExit, match=r"holds results .* delete; take another --output, or say --overwrite"):
         recipe.main([str(pictures), *FLAGS, "--output", str(output)])
     assert masks(output) == before
     (output / "masks" / "old.png").write_bytes(next(iter(before.values())))
@@ -148,6 +149,7 @@ def test_a_run_is_repeated_by_its_configuration(pictures: Path, tmp_path: Path) 
     ("flags", "message"),
     [
         ([], "--classes: expected names"),
+        (["--classes", "cat", "dog", "cat"], "--classes: 'cat' is named twice"),
         (["--classes", "cat", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--classes", "cat", "--pretrained", "openai"], "--pretrained: needs --clip"),
         (["--classes", *(f"c{index}" for index in range(255))], "room for 254 classes, got 255"),
@@ -172,7 +174,10 @@ def test_folders_that_cannot_be(pictures: Path, tmp_path: Path) -> None:
         recipe.main([str(tmp_path), *FLAGS, "--output", str(tmp_path.parent / "out")])
 
 
-def test_a_repeated_class_is_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="every name may occur once"):
-        recipe.main([str(pictures), "--classes", "cat", "cat", "--device", "cpu", "--output", str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists()
+def test_a_class_that_is_found_nowhere_is_told(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.main([str(pictures), *FLAGS, "--output", str(tmp_path / "out"), "--presence", "1", "--overlays"])
+    told = capsys.readouterr().out
+    assert re.search(r"found nowhere: .*; try other words, or a --presence below 1", told)
+    assert f"overlays in {tmp_path / 'out' / 'overlays'}" in told

@@ -602,6 +602,9 @@ class ContextPrototypeBank(PrototypeModule):
             ValueError: ``rounds`` below 1, no batch, or one that a call refuses.
             TypeError: ``batches`` can be read only once.
 
+        Warns:
+            UserWarning: Nothing was stored, or the bank's map is probably the worse one.
+
         Example:
             >>> bank = ContextPrototypeBank(num_classes=3, dim=8, num_contexts=1)
             >>> batch = (torch.rand(4, 8, 6, 6), torch.rand(4, 3, 6, 6), torch.tensor([[1, 1, 0]] * 4))
@@ -620,6 +623,13 @@ class ContextPrototypeBank(PrototypeModule):
             for index in range(rounds):
                 self._fill_once(batches, measured=index == 0)
             self.memory.restart_schedule(self.refresh_every)
+            if not bool(self.memory.stored.any()):
+                self._told_empty = True
+                warnings.warn(
+                    f"{me}: nothing was stored of these pictures, as the CAM of their tags is above 0 nowhere, so that "
+                    "every map is made from its picture; train the network, or see whether the tags are in its order",
+                    stacklevel=2,
+                )
             return self._compare(batches)
         except BaseException:
             for buffer, old in zip(self.buffers(), before, strict=True):

@@ -17,22 +17,26 @@ import torch
 from protoseg.utils.files import UNFINISHED, replacing
 
 
-def to_replace(output: Path, patterns: Sequence[str], *, overwrite: bool) -> list[Path]:
+def to_replace(output: Path, patterns: Sequence[str], *, overwrite: bool, resumes: bool = True) -> list[Path]:
     """Find what a run that starts anew would take the place of, and stop unless the user asked for that.
 
     Args:
         output: The run's folder.
         patterns: What the run's stages leave there.
         overwrite: ``--overwrite``.
+        resumes: Whether the command has ``--resume``.
 
     Returns:
         The files.
     """
+    advice = "take another --output, go on with that run by --resume, or say --overwrite"
+    if not resumes:
+        advice = "take another --output, or say --overwrite"
     files = [file for pattern in patterns for file in sorted(output.glob(pattern))]
     if files and not overwrite:
         raise SystemExit(
             f"--output: {output} holds results ({files[0].relative_to(output)} and {len(files) - 1} more), which this "
-            "run would delete; take another --output, go on with that run by --resume, or say --overwrite"
+            f"run would delete; {advice}"
         )
     return files
 

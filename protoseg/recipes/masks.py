@@ -107,9 +107,10 @@ def _conclude(args: argparse.Namespace, metrics: dict[str, Any], argv: Sequence[
         _say(f"mIoU on the pictures with true masks: {found['miou']:.3f}")
     again = shlex.join(["protoseg", "masks", *argv, "--stages", "refine", "--overwrite"])
     higher = min(found["threshold"] + 0.1, 0.95)
+    run = shlex.quote(str(args.output))
     _say(
-        f"next: protoseg predict {args.output} NEW_PICTURES, for pictures without tags\n"
-        f"      protoseg convert {args.output} --to coco, for other programs\n"
+        f"next: protoseg predict {run} NEW_PICTURES, for pictures without tags\n"
+        f"      protoseg convert {run} --to coco, for other programs\n"
         f"      {again} --threshold {higher:.2f}, for smaller masks (now {found['threshold']:.2f})"
     )
 

@@ -126,6 +126,9 @@ def check(args: SegmentOptions) -> None:
     """Stop for what cannot work, before the model is loaded."""
     if not args.classes:
         raise SystemExit('--classes: expected names, such as --classes cat "traffic light"')
+    for place, name in enumerate(args.classes):
+        if name in args.classes[:place]:
+            raise SystemExit(f"--classes: {name!r} is named twice; name each class once")
     if len(args.classes) > 254:
         raise SystemExit(f"--classes: a mask of 8 bits has room for 254 classes, got {len(args.classes)}")
     for flag, value, low in (
@@ -144,7 +147,7 @@ def check(args: SegmentOptions) -> None:
 def prepare_output(args: SegmentOptions, accelerator: Accelerator) -> None:
     """Make room for the masks; what is not known to be an earlier run's is never deleted."""
     ours = (args.output / "config.json").exists() and (args.output / "classes.txt").exists()
-    replaced = to_replace(args.output, FILES, overwrite=args.overwrite and ours)
+    replaced = to_replace(args.output, FILES, overwrite=args.overwrite and ours, resumes=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for file in replaced:
@@ -290,6 +293,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{summary['pictures per second']} pictures per second"
         )
         print("masks with " + ", ".join(f"{name}: {count}" for name, count in summary["masks with"].items()))
+        if never := [name for name, count in summary["masks with"].items() if not count and masks]:
+            print(f"found nowhere: {', '.join(never)}; try other words, or a --presence below {args.presence}")
+        if args.overlays:
+            print(f"overlays in {args.output / 'overlays'}")
         for name, reason in summary["broken"].items():
             print(f"not read: {name}: {reason}")
     accelerator.end_training()
