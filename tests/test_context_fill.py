@@ -161,9 +161,13 @@ def test_options_of_the_tests_are_all_there_are() -> None:
 def test_a_bank_that_found_nothing_to_store_says_so_and_why() -> None:
     bank = ContextPrototypeBank(num_classes=2, dim=4)
     nowhere = (torch.rand(3, 4, 5, 5), -torch.rand(3, 2, 5, 5), torch.ones(3, 2))
-    with pytest.warns(UserWarning, match="nothing was stored of these pictures, as the CAM of their tags is"):
-        bank.fill([nowhere])
-    assert not bank.stored.any()
+    untagged = (*batch(0)[:2], torch.zeros_like(batch(0)[2]))
+    for pictures, filled in ((nowhere, bank), (untagged, ContextPrototypeBank(C, D))):
+        with pytest.warns(
+            UserWarning, match="nothing was stored of these pictures, as they have no tags or a CAM that"
+        ):
+            filled.fill([pictures])
+        assert not filled.stored.any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bank.eval()(*nowhere)  # nobody is told to fill it who just did

@@ -235,6 +235,7 @@ def test_a_crop_s_mask_goes_with_its_picture() -> None:
     ("flags", "message"),
     [
         (["--threshold", "otso"], "--threshold: expected otsu, sweep or a number in 0..1, got 'otso'"),
+        (["--scales", "1", "0"], r"--scales: expected one or more numbers above 0, got \[1.0, 0.0\]"),
         (["--threshold", "1.5"], "--threshold: expected otsu, sweep or a number in 0..1, got '1.5'"),
         (["--segmentation", "unot:resnet18"], "--segmentation: .*expected ARCHITECTURE:ENCODER, got 'unot:resnet18'"),
         (["--segmentation", "unet"], "--segmentation: .*expected ARCHITECTURE:ENCODER, got 'unet'; .*encoder name"),

@@ -150,6 +150,7 @@ def test_a_run_is_repeated_by_its_configuration(pictures: Path, tmp_path: Path) 
     [
         ([], "--classes: expected names"),
         (["--classes", "cat", "dog", "cat"], "--classes: 'cat' is named twice"),
+        (["--classes", "traffic_light", "traffic light"], "--classes: 'traffic light' is named twice"),
         (["--classes", "cat", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--classes", "cat", "--pretrained", "openai"], "--pretrained: needs --clip"),
         (["--classes", *(f"c{index}" for index in range(255))], "room for 254 classes, got 255"),

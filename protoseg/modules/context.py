@@ -626,8 +626,9 @@ class ContextPrototypeBank(PrototypeModule):
             if not bool(self.memory.stored.any()):
                 self._told_empty = True
                 warnings.warn(
-                    f"{me}: nothing was stored of these pictures, as the CAM of their tags is above 0 nowhere, so that "
-                    "every map is made from its picture; train the network, or see whether the tags are in its order",
+                    f"{me}: nothing was stored of these pictures, as they have no tags or a CAM that is above 0 for "
+                    "none, so that every map is made from its picture; train the network, or see whether the tags are "
+                    "in its order",
                     stacklevel=2,
                 )
             return self._compare(batches)

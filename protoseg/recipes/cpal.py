@@ -41,7 +41,7 @@ from protoseg.recipes.cpal_stages import SIDE, Network, score_segmentation, seed
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import keywords, load_checkpoint, save_checkpoint, write_classes, write_json
 from protoseg.recipes.hub import save_model
-from protoseg.recipes.options import check_counts, check_threshold, plain
+from protoseg.recipes.options import check_counts, check_scales, check_threshold, plain
 from protoseg.recipes.pictures import Crops, Pictures, open_splits, told_of
 from protoseg.recipes.progress import FREE, Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import baselines, nearest, pseudo_mask, refine, report, true_mask
@@ -199,6 +199,7 @@ def check(args: CPALOptions) -> None:
         given, output = Path(getattr(args, flag) or "nothing").resolve(), args.output.resolve()
         if given.is_relative_to(output) and given.relative_to(output).parts[:1] != ("first",):
             raise SystemExit(f"--{flag}: {given} is in --output, where this run begins anew; take another --output")
+    check_scales(args.scales)
     check_threshold(args.threshold)
 
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from protoseg.utils.checks import near_names
 from protoseg.utils.extras import require
 
-__all__ = ["MaskOptions", "RunOptions", "check_counts", "check_threshold", "plain", "read"]
+__all__ = ["MaskOptions", "RunOptions", "check_counts", "check_scales", "check_threshold", "plain", "read"]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -173,6 +173,12 @@ def check_counts(options: RunOptions, names: Sequence[str]) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Stop where ``--scales`` has none, or one that is not above 0."""
+    if not scales or min(scales) <= 0:
+        raise SystemExit(f"--scales: expected one or more numbers above 0, got {list(scales)}")
 
 
 def check_threshold(threshold: str) -> None:

@@ -224,11 +224,12 @@ def show(
         for name, value in (*entry["losses"].items(), *entry["prototypes"].items()):
             if math.isfinite(value):
                 curves.setdefault(name, []).append((epoch + 1, value))
+
     shown: list[Picture] = []
     if "score" in found["stages"]:
-        shown = panels(
-            model, pictures[1], setting_of(args, pictures[1]), metrics["maps"]["eval"]["zeroshot"]["threshold"]
-        )
+        threshold = metrics["maps"]["eval"]["zeroshot"]["threshold"]
+        shown = panels(model, pictures[1], setting_of(args, pictures[1]), threshold)
+
     write_report(
         args.output / "report.html",
         title=f"PGSeg on {Path(args.data).name}: prototypes {args.npr}, seed {args.seed}",

@@ -31,10 +31,8 @@ class TagPairs(Dataset[Pair]):
 
     def __getitem__(self, index: int) -> Pair:
         sample = self.folder[index]
-        tags = [
-            readable(name) for name, there in zip(self.folder.classes, sample.labels.tolist(), strict=True) if there
-        ]
-        return Pair(sample.id, sample.image, f"a photo of {' and '.join('a ' + tag for tag in tags)}")
+        tags = [name for name, there in zip(self.folder.classes, sample.labels.tolist(), strict=True) if there]
+        return Pair(sample.id, sample.image, f"a photo of {' and '.join('a ' + readable(tag) for tag in tags)}")
 
 
 def random_view(image: Tensor, side: int, share: float, generator: torch.Generator | None = None) -> Tensor:

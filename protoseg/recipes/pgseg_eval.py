@@ -86,6 +86,7 @@ def groups(model: PGSeg, pictures: Pictures, accelerator: Accelerator) -> dict[s
         if sample.mask is not None:
             owner = group_maps(encoded, sample.mask.shape)[0].argmax(0).cpu()
             confusion.update(_majority(owner, sample), sample.mask)
+
         owner = group_maps(encoded)[0].argmax(0).flatten()
         used: list[int] = owner.unique().tolist()  # type: ignore[no-untyped-call]
         vectors = F.normalize(model.image_projector(encoded.groups)[0, used].float(), dim=-1)
@@ -94,6 +95,7 @@ def groups(model: PGSeg, pictures: Pictures, accelerator: Accelerator) -> dict[s
         pairs = len(used) * (len(used) - 1)
         cosine = (float((vectors @ vectors.T).sum()) - len(used)) / pairs if pairs else math.nan
         rows.append({"used": float(len(used)), "redundancy": cosine, "compactness": sum(compact) / len(compact)})
+
     rows = gather_object(rows)
     result = {key: _mean([row[key] for row in rows]) for key in ("used", "redundancy", "compactness")}
     return {"oracle": confusion.all_reduce().result().miou, **result}

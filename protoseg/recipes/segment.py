@@ -126,9 +126,8 @@ def check(args: SegmentOptions) -> None:
     """Stop for what cannot work, before the model is loaded."""
     if not args.classes:
         raise SystemExit('--classes: expected names, such as --classes cat "traffic light"')
-    for place, name in enumerate(args.classes):
-        if name in args.classes[:place]:
-            raise SystemExit(f"--classes: {name!r} is named twice; name each class once")
+    if twice := [name for name, count in Counter(map(readable, args.classes)).items() if count > 1]:
+        raise SystemExit(f"--classes: {twice[0]!r} is named twice; name each class once")
     if len(args.classes) > 254:
         raise SystemExit(f"--classes: a mask of 8 bits has room for 254 classes, got {len(args.classes)}")
     for flag, value, low in (

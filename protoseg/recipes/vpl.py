@@ -31,7 +31,7 @@ from protoseg.clip import FrozenCLIP
 from protoseg.functional import load_refiner
 from protoseg.recipes.engine import crop_batches, train
 from protoseg.recipes.files import load_checkpoint, save_checkpoint, write_json
-from protoseg.recipes.options import check_counts, check_threshold
+from protoseg.recipes.options import check_counts, check_scales, check_threshold
 from protoseg.recipes.pictures import Crops, Pictures, open_pictures, told_of
 from protoseg.recipes.progress import Plan, Progress, conclude
 from protoseg.recipes.pseudo_masks import baselines, pseudo_mask, refine, report, score_maps
@@ -83,6 +83,7 @@ PLAN = Plan(
 def check(args: VPLOptions) -> None:
     """Stop now, and not after hours, for what a later stage cannot use."""
     check_counts(args, ("size", "crop", "epochs", "batch", "train_scenes", "eval_scenes", "clip_steps", "clip_scenes"))
+    check_scales(args.scales)
     check_threshold(args.threshold)
     if args.pretrained and args.clip in (None, "pocket"):
         raise SystemExit("--pretrained: needs --clip, the name of the model that these weights are of")

@@ -78,6 +78,7 @@ def class_embeddings(
                 f"class_embeddings: {', '.join(map(repr, dict.fromkeys(unknown)))}: the network has never read "
                 f"{', '.join(map(repr, dict.fromkeys(words)))}; take other names, or train it with them"
             )
+
     device = next(model.parameters()).device
     rows = []
     for name in names:
